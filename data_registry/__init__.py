@@ -1,0 +1,1 @@
+"""What a thing is: databases and sites, tables, label protocols, volumes, the standard grid, shards, splits."""

@@ -1,0 +1,23 @@
+"""The one error a user meets: a line that names the file or site, the field, what came and what was wanted."""
+
+import logging
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one complete line."""
+
+
+def run_stage(main: Callable[[], None]) -> None:
+    """Run a command's ``main``; an :class:`InputError` becomes one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; what is complete is kept, run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,178 @@
+"""The settings of ``params.yaml``, checked when loaded: frozen, and an unknown key is an error that lists the known ones.
+
+One section a stage; ``resources`` says where and how wide things run and is seen by no cache key.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from data_registry import conform, protocol
+from data_registry.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Index(_Section):
+    """Where the data is."""
+
+    roots: tuple[str, ...]
+    """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
+
+
+class Harmonise(_Section):
+    """BIDS trees → shards."""
+
+    grid: str = "1mm"
+    """1mm, any size as <x>mm, min (FastSurfer's rule) or native."""
+    intensity: Literal["robust"] = "robust"
+    labels: Literal["majority", "nearest"] = "majority"
+    """How label maps reach a coarser grid."""
+    block_protocols: tuple[str, ...] = ("lod7",)
+    """Protocols whose class counts are stored for each block, for the coarse stage."""
+    shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
+
+    @field_validator("grid")
+    @classmethod
+    def _grid_is_known(cls, value: str) -> str:
+        conform.parse_grid(value)
+        return value
+
+    @field_validator("block_protocols")
+    @classmethod
+    def _protocols_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            protocol.load(name)
+        return value
+
+
+class Split(_Section):
+    """Who is held out."""
+
+    key: Literal["place", "site", "database", "manufacturer", "scanner"] = "place"
+    folds: Annotated[int, Field(ge=2)] = 5
+    """Grouped folds, never more than there are groups; every group is held out exactly once."""
+    holdout: tuple[str, ...] = ()
+    """Instead of folds: the groups held out together in one fold."""
+    guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
+    """What may never stand on both sides of a fold."""
+    val_share: Share = 0.15
+    """Of the people of training places, for early stopping and the choice of a checkpoint."""
+    internal_share: Share = 0.25
+    """Of the people of training places, unseen, for the comparison with held-out places."""
+    seed: int = 0
+
+
+class Stage(_Section):
+    """One step of progressive training."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0)]
+
+
+class Train(_Section):
+    """Progressive training of one network on every fold."""
+
+    protocol: str = "lod7"
+    seed: int = 0
+    coarse: Stage = Stage(epochs=50, learning_rate=5e-4)
+    fine: Stage = Stage(epochs=50, learning_rate=5e-4)
+    freeze_coarse: bool = False
+    """Hold the coarse level still in the fine stage; the published weights were trained with it free."""
+    batch_size: Count = 1
+    precision: Literal["32", "bf16-mixed"] = "32"
+    augmentation: Literal["none", "light"] = "light"
+    network: dict = {}
+    """Overrides of the network's own configuration, e.g. widths."""
+    reduce_patience: Count = 5
+    """Epochs without a better validation loss before the learning rate is quartered."""
+    stop_patience: Count = 10
+    """Epochs without a better validation loss before a stage ends."""
+    site_temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1: every scan equally often; towards 0: every site equally often."""
+
+
+class Evaluate(_Section):
+    """Scores on held-out places and unseen people."""
+
+    postprocess: Literal["none", "components", "release"] = "none"
+    reference_weights: tuple[str, ...] = ()
+    """Weight files scored beside the trained folds, e.g. imported ones."""
+
+
+class Resources(_Section):
+    """Where and how wide; never part of a result's identity."""
+
+    launcher: Literal["local"] = "local"
+    workers: Count = 2
+    ray_address: str | None = None
+    """An existing Ray cluster; null starts one on this machine."""
+    threads: Count | None = None
+    """Of a training process; null lets torch choose."""
+    mlflow_uri: str | None = None
+    """Tracking server; null is SQLite in mlflow/ beside params.yaml."""
+
+
+class Params(_Section):
+    """The whole of ``params.yaml``."""
+
+    experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "base"
+    networks: tuple[str, ...] = ("lod_brain",)
+    index: Index
+    harmonise: Harmonise = Harmonise()
+    split: Split = Split()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    resources: Resources = Resources()
+
+    def run_name(self, network: str) -> str:
+        """``<network>-<experiment>-<seed>``; a colon in a network's name becomes a plus, so that it can name a folder."""
+        return f"{network.replace(':', '+')}-{self.experiment}-{self.train.seed}"
+
+
+def load_params(path: str | os.PathLike = "params.yaml") -> Params:
+    """Read and check the settings; anything wrong is an :class:`InputError` that names the file and the key."""
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the settings file is wanted (run in the folder that holds it)") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        return Params.model_validate(content or {})
+    except ValidationError as error:
+        raise InputError(f"{path}: " + "; ".join(_sentence(detail) for detail in error.errors())) from None
+
+
+def _sentence(detail: dict) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        model: type[BaseModel] = Params
+        for part in detail["loc"][:-1]:
+            annotation = model.model_fields[str(part)].annotation
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+        return f"{key} is not a known key; {', '.join(model.model_fields)} are"
+    reason = detail["msg"].removeprefix("Value error, ")
+    return f"{key} is {detail['input']!r}: {reason}" if detail["type"] != "missing" else f"{key} is missing"
+
+
+def fingerprint(*parts: object) -> str:
+    """Hex SHA-256 of plain values, independent of key order.
+
+    >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    True
+    """
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,132 @@
+"""Training shards: Parquet, a row a scan, a row group a row, zstd, page checksums.
+
+A shard holds scans of one site only, so that withdrawing or holding out a site touches whole files. Columns:
+
+- ``t1w_x1, t1w_x2, t1w_x4``: uint8 T1w, (D, H, W) LIA, and max-pooled by 2 and 4 (LOD-Brain's own pooling);
+- ``<source>_x1``: uint16 source label ids, (D, H, W), null where the scan has none;
+- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for protocols that ask for it.
+
+Arrays are C-order bytes; their shapes follow from the file's ``side`` and the column's factor. Who trains the coarse level reads its
+columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
+be rebuilt from shards alone.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError
+from data_registry.files import replacing
+
+FACTORS = (1, 2, 4)
+BLOCK_FACTORS = (2, 4)
+
+
+class ShardError(InputError):
+    """A shard that is missing, cut or damaged; the message names the file and row."""
+
+
+def shard_name(grid: str, database: str, site: str, part: int) -> str:
+    """Path of a shard below the shard folder.
+
+    >>> shard_name("1mm", "abide1", "NYU", 3)
+    'grid=1mm/site=abide1.NYU/part-003.parquet'
+    """
+    return f"grid={grid}/site={database}.{site}/part-{part:03d}.parquet"
+
+
+def shard_of(subject: str, shards_per_site: int) -> int:
+    """Which of its site's shards a subject belongs to: a hash of the name, so neither order nor history moves it."""
+    return int.from_bytes(hashlib.sha256(subject.encode()).digest()[:8], "big") % shards_per_site
+
+
+def pooled(data: np.ndarray, factor: int) -> np.ndarray:
+    """Max over blocks of ``factor``³ voxels: (D, H, W) → (D/f, H/f, W/f).
+
+    >>> pooled(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 2).tolist()
+    [[[7]]]
+    """
+    if factor == 1:
+        return data
+    d, h, w = (n // factor for n in data.shape)
+    return data.reshape(d, factor, h, factor, w, factor).max(axis=(1, 3, 5))
+
+
+def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
+    """Voxels of each class in blocks of ``factor``³: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
+
+    >>> block_counts(np.array([[[0, 1], [1, 1]], [[1, 1], [2, 1]]], dtype=np.uint8), 2, 3).ravel().tolist()
+    [1, 6, 1]
+    """
+    d, h, w = (n // factor for n in classes.shape)
+    blocks = classes.reshape(d, factor, h, factor, w, factor)
+    return np.stack([(blocks == index).sum(axis=(1, 3, 5), dtype=np.uint8) for index in range(number)])
+
+
+def write_shard(path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | str]], *, side: int, metadata: dict) -> None:
+    """Write one row group a row; a row is ``scan_id`` and arrays by column name. Whole or not at all."""
+    rows = list(rows)
+    columns = sorted({name for row in rows for name in row} - {"scan_id"})
+    notes = {"side": str(side), **{key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}}
+    schema = pa.schema([pa.field("scan_id", pa.string())] + [pa.field(name, pa.large_binary()) for name in columns], metadata=notes)
+    with (
+        replacing(path) as aside,
+        pq.ParquetWriter(aside, schema, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True) as writer,
+    ):
+        for row in rows:
+            values = {name: np.ascontiguousarray(row[name]).tobytes() if name in row else None for name in columns}
+            writer.write_table(pa.Table.from_pylist([{"scan_id": row["scan_id"], **values}], schema=schema), row_group_size=1)
+
+
+def read_metadata(path: str | os.PathLike) -> dict | None:
+    """What :func:`write_shard` was given as ``metadata``; None if the file is no complete shard."""
+    try:
+        notes = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return None
+    return {key.decode(): json.loads(value) for key, value in notes.items() if key not in (b"side", b"ARROW:schema")}
+
+
+def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of one scan, by column; columns that are null or not in the file are left out.
+
+    Raises :class:`ShardError` for a missing file or a page whose checksum is wrong.
+    """
+    try:
+        file = _opened(str(path), os.stat(path).st_mtime_ns)
+        side = int(file.schema_arrow.metadata[b"side"])
+        present = [name for name in columns if name in file.schema_arrow.names]
+        table = file.read_row_group(row_group, columns=present)
+        return {name: _array(table[name][0], name, side) for name in present if table[name][0].is_valid}
+    except FileNotFoundError:
+        raise ShardError(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
+    except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ShardError(f"{path}: row group {row_group} is damaged ({reason}); delete it and run `python -m pipelines.harmonise` again") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _opened(path: str, _mtime_ns: int) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True)
+
+
+def _array(value: pa.Scalar, name: str, side: int) -> np.ndarray:
+    stem, factor = name.rsplit("_x", 1)
+    shape = (side // int(factor),) * 3
+    if stem != "t1w" and int(factor) > 1:
+        shape = (protocols.load(stem).classes, *shape)
+    kind = np.uint16 if stem != "t1w" and int(factor) == 1 else np.uint8
+    return np.frombuffer(value.as_buffer(), dtype=kind).reshape(shape)
+
+
+def shard_path(folder: str | os.PathLike, sample: dict) -> Path:
+    """The file that holds a row of the samples table."""
+    return Path(folder) / sample["shard"]

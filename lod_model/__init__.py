@@ -1,0 +1,1 @@
+"""What learns from the shards and uses the result: networks, training, evaluation, report, ``lodbrain``."""
