@@ -11,8 +11,8 @@ class InputError(ValueError):
 
 def run_stage(main: Callable[[], None]) -> None:
     """Run a command's ``main``; an :class:`InputError` becomes one line on stderr and exit status 2."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("py.warnings").setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("lodbrain").setLevel(logging.INFO)
     try:
         main()
     except InputError as error:

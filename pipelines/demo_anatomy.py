@@ -20,6 +20,10 @@ TISSUES = ("air", "csf", "grey", "white", "striatum", "thalamus", "brainstem", "
 ORIGIN_MM = np.array([-96.0, -128.0, -140.0])
 """MNI place of voxel (0, 0, 0) of the template grid; voxels are 1 mm."""
 SHAPE = (193, 245, 241)
+_WHOLE = tuple(slice(0, n) for n in SHAPE)
+_BRAIN = (slice(20, 173), slice(16, 208), slice(66, 226))
+"""Box of the template grid with all of the brain: what is cut at 1 mm is cut here only."""
+Axes = tuple[np.ndarray, np.ndarray, np.ndarray]
 CENTRE_MM = np.array([0.0, -18.0, 5.0])
 """Middle of the brain: heads turn, scale and are positioned about it."""
 
@@ -74,8 +78,8 @@ def template() -> Template:
     """The template head; the same on every call and every machine."""
     t1, grey, white = _maps()
     codes = _head(t1 > 0)
-    brain = _brain(t1, grey, white)
-    codes = np.where(brain > 0, brain, codes).astype(np.uint8)
+    brain = _brain(t1[_BRAIN], grey[_BRAIN], white[_BRAIN])
+    codes[_BRAIN] = np.where(brain > 0, brain, codes[_BRAIN])
     labelled = np.argwhere(FREESURFER_ID[codes] > 0)
     ventricles = np.isin(FREESURFER_ID, (4, 43, 14))[codes].astype(np.float32)
     near = ndimage.gaussian_filter(ventricles, 6, truncate=3)[::4, ::4, ::4]
@@ -101,15 +105,15 @@ def _maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(maps)
 
 
-def _axes(step: int = 1) -> tuple[np.ndarray, ...]:
-    """x, y, z in mm of every ``step``-th voxel, each shaped to broadcast over the grid."""
-    return tuple(np.ix_(*(o + np.arange(0, n, step, dtype=np.float32) for o, n in zip(ORIGIN_MM, SHAPE, strict=True))))
+def _axes(box: tuple[slice, ...], *, step: int = 1) -> Axes:
+    """x, y, z in mm of every ``step``-th voxel of a box of the template grid, each shaped to broadcast over the box."""
+    x, y, z = np.ix_(*(o + np.arange(b.start, b.stop, step, dtype=np.float32) for o, b in zip(ORIGIN_MM, box, strict=True)))
+    return x, y, z
 
 
-def _ellipsoid(centre: Sequence[float], radii: Sequence[float], *, tilt: float = 0, step: int = 1, mirror: bool = True) -> np.ndarray:
-    """Inside an ellipsoid (mm); with ``mirror`` on both sides of the midplane. ``tilt``: its y axis falls by so much z a mm."""
-    x, y, z = _axes(step)
-    x, y, z = (np.abs(x) if mirror else x) - centre[0], y - centre[1], z - centre[2]
+def _ellipsoid(axes: Axes, centre: Sequence[float], radii: Sequence[float], *, tilt: float = 0) -> np.ndarray:
+    """Inside an ellipsoid (mm) on the right or its mirror image on the left. ``tilt``: its y axis falls by so much z a mm."""
+    x, y, z = np.abs(axes[0]) - centre[0], axes[1] - centre[1], axes[2] - centre[2]
     return (x / radii[0]) ** 2 + (y / radii[1]) ** 2 + ((z + tilt * y) / radii[2]) ** 2 < 1
 
 
@@ -117,8 +121,9 @@ def _brain(t1: np.ndarray, grey: np.ndarray, white: np.ndarray) -> np.ndarray:
     """Codes of what FreeSurfer would label, 0 elsewhere; sulcal fluid stays unlabelled."""
     fluid = (t1 > 0) & ((1 - grey - white > np.maximum(grey, white)) | (t1 < 0.57))
     solid = (t1 > 0) & ~fluid
-    codes = np.zeros(SHAPE, np.uint8)
-    left = np.broadcast_to(_axes()[0] < 0, SHAPE)
+    codes = np.zeros(t1.shape, np.uint8)
+    axes = _axes(_BRAIN)
+    left = np.broadcast_to(axes[0] < 0, t1.shape)
 
     def mark(name: str, where: np.ndarray) -> None:
         if name in _MIDLINE:
@@ -126,64 +131,66 @@ def _brain(t1: np.ndarray, grey: np.ndarray, white: np.ndarray) -> np.ndarray:
         else:
             codes[where] = np.where(left[where], _CODE[_SIDED[name][0]], _CODE[_SIDED[name][1]])
 
-    lateral, third, fourth = (fluid & region for region in _ventricle_regions())
+    lateral, third, fourth = (fluid & region for region in _ventricle_regions(axes))
     outside = (t1 == 0) | (fluid & ~(lateral | third | fourth))
     depth_mm = ndimage.distance_transform_edt(~outside)
     cortex = solid & (grey > white) & (t1 < 0.80) & (depth_mm < 6)
     mark("white", solid)
-    codes[cortex] = _parcels(np.argwhere(cortex))
-    for name, where in _deep(t1, solid).items():
+    codes[cortex] = _parcels(np.argwhere(cortex) + [b.start for b in _BRAIN] + ORIGIN_MM)
+    for name, where in _deep(axes, t1, solid).items():
         mark(name, where)
     mark("ventricle", lateral)
     mark("third ventricle", third)
-    codes[_callosum(white, codes)] = 255  # cut into five below
-    brainstem, cerebellum = _hindbrain(solid)
+    codes[_callosum(axes, white, codes)] = 255  # cut into five below
+    brainstem, cerebellum = _hindbrain(axes, solid)
     mark("cerebellum cortex", cerebellum)
     mark("cerebellum white", cerebellum & ndimage.binary_erosion(cerebellum, iterations=3) & (t1 > 0.77))
     mark("brainstem", brainstem)
     mark("fourth ventricle", fourth)
-    mark("csf", fluid & _ellipsoid((0, -6, -18), (9, 12, 6)))
+    mark("csf", fluid & _ellipsoid(axes, (0, -6, -18), (9, 12, 6)))
     y = np.argwhere(codes == 255)[:, 1]
     fifth = np.clip(5 * (y - y.min()) // (np.ptp(y) + 1), 0, 4)
     codes[codes == 255] = np.array([_CODE[i] for i in _CALLOSUM], np.uint8)[fifth]
     return codes
 
 
-def _ventricle_regions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    third = _ellipsoid((0, -12, -1), (6, 18, 13))
-    lateral = _ellipsoid((13, -8, 17), (14, 40, 16)) | _ellipsoid((27, -45, 8), (12, 22, 18)) | _ellipsoid((33, -24, -12), (8, 20, 10))
-    return lateral & ~third, third, _ellipsoid((0, -44, -34), (11, 9, 16))
+def _ventricle_regions(axes: Axes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    inside = functools.partial(_ellipsoid, axes)
+    third = inside((0, -12, -1), (6, 18, 13))
+    lateral = inside((13, -8, 17), (14, 40, 16)) | inside((27, -45, 8), (12, 22, 18)) | inside((33, -24, -12), (8, 20, 10))
+    return lateral & ~third, third, inside((0, -44, -34), (11, 9, 16))
 
 
-def _deep(t1: np.ndarray, solid: np.ndarray) -> dict[str, np.ndarray]:
+def _deep(axes: Axes, t1: np.ndarray, solid: np.ndarray) -> dict[str, np.ndarray]:
     """Grey nuclei, in the order in which later ones overwrite earlier ones."""
+    inside = functools.partial(_ellipsoid, axes)
     dark = solid & (t1 < 0.85)
     return {
-        "ventral dc": solid & _ellipsoid((12, -14, -8), (11, 12, 7)),
-        "thalamus": solid & _ellipsoid((11, -17, 8), (11, 16, 11)),
-        "putamen": solid & (t1 < 0.85) & _ellipsoid((26, 4, 2), (8.5, 19, 12)),
-        "pallidum": solid & _ellipsoid((20, -4, 0), (5.5, 9, 7)),
-        "caudate": dark & (_ellipsoid((13, 13, 8), (7, 13, 14)) | _ellipsoid((17, -6, 21), (4.5, 16, 6))),
-        "accumbens": dark & _ellipsoid((10, 11, -8), (5.5, 5, 5)),
-        "hippocampus": dark & _ellipsoid((28, -22, -13), (7, 19, 6.5), tilt=0.55),
-        "amygdala": dark & _ellipsoid((23, -4, -19), (8, 8, 8)),
+        "ventral dc": solid & inside((12, -14, -8), (11, 12, 7)),
+        "thalamus": solid & inside((11, -17, 8), (11, 16, 11)),
+        "putamen": dark & inside((26, 4, 2), (8.5, 19, 12)),
+        "pallidum": solid & inside((20, -4, 0), (5.5, 9, 7)),
+        "caudate": dark & (inside((13, 13, 8), (7, 13, 14)) | inside((17, -6, 21), (4.5, 16, 6))),
+        "accumbens": dark & inside((10, 11, -8), (5.5, 5, 5)),
+        "hippocampus": dark & inside((28, -22, -13), (7, 19, 6.5), tilt=0.55),
+        "amygdala": dark & inside((23, -4, -19), (8, 8, 8)),
     }
 
 
-def _callosum(white: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    x, y, z = _axes()
+def _callosum(axes: Axes, white: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """The largest piece of white matter of the midplane's arch, 5 mm wide as FreeSurfer cuts it."""
+    x, y, z = axes
     arch = (((y + 4) / 27) ** 2 + ((z - 4) / 15) ** 2 > 1) & (np.abs(y + 4) < 40) & (z > -8) & (z < 32)
     is_white = (codes == _CODE[2]) | (codes == _CODE[41])
     largest, _ = ndimage.label((np.abs(x) <= 2) & arch & (white > 0.5) & is_white)
     return largest == np.bincount(largest.ravel())[1:].argmax() + 1
 
 
-def _hindbrain(solid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _hindbrain(axes: Axes, solid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Brainstem, and cerebellum: what lies under the tentorium, a surface fitted by eye."""
-    x, y, z = _axes()
-    brainstem = (
-        _ellipsoid((0, -25, -13), (17, 13, 12)) | _ellipsoid((0, -25, -31), (19, 13.5, 16)) | ((z < -38) & (x**2 + (y + 33 - 0.5 * (z + 48)) ** 2 < 144))
-    )
+    x, y, z = axes
+    medulla = (z < -38) & (x**2 + (y + 33 - 0.5 * (z + 48)) ** 2 < 144)
+    brainstem = medulla | _ellipsoid(axes, (0, -25, -13), (17, 13, 12)) | _ellipsoid(axes, (0, -25, -31), (19, 13.5, 16))
     tentorium = (
         -9 - 0.28 * np.abs(x) + 11 * np.exp(-((x / 10) ** 2) - ((y + 57) / 14) ** 2) - 0.5 * np.maximum(0, -75 - y)
         - 0.45 * np.maximum(0, np.abs(x) - 35) * np.clip((y + 65) / 20, 0, 1)
@@ -192,28 +199,22 @@ def _hindbrain(solid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return solid & brainstem, solid & cerebellum & ~brainstem
 
 
-def _parcels(voxels: np.ndarray) -> np.ndarray:
-    """Codes of the nearest parcel centre for (n, 3) voxel indices of cortex."""
-    position = voxels + ORIGIN_MM
-    position[:, 0] = np.abs(position[:, 0])
-    nearest = cKDTree(list(_PARCELS_MM.values())).query(position)[1]
-    parcel = np.array(list(_PARCELS_MM))[nearest]
-    base = np.where(voxels[:, 0] + ORIGIN_MM[0] < 0, 1000, 2000)
-    table = np.zeros(2036, np.uint8)
-    table[list(_CODE)[-2 * len(_PARCELS_MM):]] = list(_CODE.values())[-2 * len(_PARCELS_MM):]
-    return table[base + parcel]
+def _parcels(position_mm: np.ndarray) -> np.ndarray:
+    """Codes of the nearest parcel centre for (n, 3) places in cortex."""
+    mirrored = np.column_stack([np.abs(position_mm[:, 0]), position_mm[:, 1:]])
+    nearest = cKDTree(list(_PARCELS_MM.values())).query(mirrored)[1]
+    code = np.array([[_CODE[base + parcel] for parcel in _PARCELS_MM] for base in (1000, 2000)], np.uint8)
+    return code[(position_mm[:, 0] >= 0).astype(int), nearest]
 
 
 def _head(brain: np.ndarray) -> np.ndarray:
     """Codes of everything around the brain, drawn at 2 mm: shells about its hull, a face, a neck."""
     air, csf, bone, marrow, fat, muscle, cord = range(7)
-    x, y, z = _axes(step=2)
+    axes = x, y, z = _axes(_WHOLE, step=2)
+    blob = functools.partial(_ellipsoid, axes)
     hull = ndimage.distance_transform_edt(~brain[::2, ::2, ::2]) * 2 < 10
     distance_mm = (ndimage.distance_transform_edt(~hull) - ndimage.distance_transform_edt(hull)) * 2 + 10
     distance_mm = ndimage.gaussian_filter(distance_mm, 1.0)
-
-    def blob(*args, **kw) -> np.ndarray:
-        return _ellipsoid(*args, step=2, **kw)
 
     neck = ((x / 56) ** 2 + ((y + 22) / 58) ** 2 < 1) & (z < -50)
     face = blob((0, 40, -58), (64, 50, 66)) | blob((0, 36, -95), (48, 54, 34)) | blob((0, 88, -48), (13, 20, 18))

@@ -13,40 +13,13 @@ import torchio as tio
 from scipy import ndimage
 
 from pipelines.demo_anatomy import CENTRE_MM, FREESURFER_ID, ORIGIN_MM, SHAPE, TISSUE, TISSUES, Template, template
+from pipelines.demo_sites import Site
 
 _LATTICE_MM = 3  # the deformation is exact on this lattice and linear between its points
 _FIELD_MM = 4  # spacing of the random displacement's lattice
 _FIELD_SIZE = 65
 _WRINKLES_MM = ((24, 4.5), (11, 2.6), (6, 1.1))
 """Random displacement: (width of the Gaussian that smooths it, root mean square along an axis), mm."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """A database with one site and one scanner; sizes along the array's axes, in its own ``orientation``."""
-
-    database: str
-    site: str
-    manufacturer: str
-    model: str
-    field_tesla: float
-    orientation: str
-    """Direction in which each array axis grows, as in nibabel's ``aff2axcodes``."""
-    voxel_mm: tuple[float, float, float]
-    shape: tuple[int, int, int]
-    means: tuple[float, ...]
-    """Intensity of each of :data:`~pipelines.demo_anatomy.TISSUES`, about 0–1."""
-    gamma: float
-    bias: float
-    """Largest coefficient of the log bias field."""
-    noise: float
-    """Standard deviation of either channel of the receiver, on the scale of ``means``."""
-    scale: float
-    """Stored value of intensity 1."""
-    ages_years: tuple[int, int]
-    timing_s: tuple[float, float, float]
-    """Repetition, echo and inversion time."""
-    slice_axis: int
 
 
 @dataclass(frozen=True)
@@ -150,7 +123,7 @@ def _labels(person: Person, affine: np.ndarray, shape: tuple[int, ...], *, head:
 def _rendered(site: Site, head: Template, rng: np.random.Generator) -> torch.Tensor:
     """(X, Y, Z) template grid: intensities with partial volume and the slice profile, before the scanner's faults."""
     tissues = tio.Subject(tissue=tio.LabelMap(tensor=torch.from_numpy(TISSUE[head.codes])[None]))
-    means = np.array(site.means) * rng.normal(1, 0.03, len(TISSUES))
+    means = np.array([site.means[name] for name in TISSUES]) * rng.normal(1, 0.03, len(TISSUES))
     deviations = np.where(np.array(TISSUES) == "air", 0, rng.uniform(0.04, 0.08, len(TISSUES)))
     painted = tio.LabelsToImage("tissue", mean=means.tolist(), std=deviations.tolist(), image_key="t1w")(tissues)["t1w"]
     across = {letter: axis for axis, pair in enumerate(("RL", "AP", "SI")) for letter in pair}
@@ -171,7 +144,7 @@ def _corrupted(site: Site, clean: np.ndarray, rng: np.random.Generator) -> np.nd
     seen = faults(tio.ScalarImage(tensor=torch.from_numpy(np.maximum(clean, 0))[None])).data
     receiver = tio.ScalarImage(tensor=torch.cat([seen, torch.zeros_like(seen)]))  # real and imaginary
     noisy = tio.Noise(mean=0, std=site.noise, seed=int(rng.integers(2**31)))(receiver).data
-    stored = torch.linalg.vector_norm(noisy, dim=0) * (site.scale * float(rng.uniform(0.85, 1.15)))
+    stored = torch.hypot(noisy[0], noisy[1]) * (site.scale * float(rng.uniform(0.85, 1.15)))
     return stored.round().clamp(0, 32767).numpy().astype(np.int16)
 
 

@@ -1,0 +1,127 @@
+"""Can this segmentation be used without a look? Plain rules on figures that a reader can check, no learned score.
+
+Every rule that speaks gives one sentence with the figure and the bound. ``fail``: this cannot be the segmentation of a whole head's
+T1w. ``review``: look before use. ``pass``: no rule has spoken, which is no proof of a good segmentation.
+
+Bounds (those on volumes and contrast hold for protocol lod7):
+
+- Brain volume (grey and white matter, basal ganglia, cerebellum, brainstem) 750–1900 mL. Healthy adults have 975–1500 mL on MRI (Allen,
+  Damasio & Grabowski, Am J Phys Anthropol 118:347, 2002); the rest is room for old age, childhood and another delineation.
+- Classes: half to twice the mean volumes of adults (AOMIC) and elders (OASIS3) by FreeSurfer: GM 422–511, basal ganglia 44–47, WM
+  409–466, cerebellum 121–151, brainstem 24–25 mL. Ventricles 2–250 mL, a child's slits to marked hydrocephalus (means 8 and 56 mL).
+- Contrast: (mean of WM − mean of GM) / mean of their standard deviations.
+- Cut: area of brain that lies on one face of the field of view. Whole heads have none, a mid-sagittal cut has about 100 cm².
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data_registry.protocol import Protocol
+from data_registry.volume import Volume
+
+BRAIN_ML = (750.0, 1900.0)
+NOT_BRAIN = ("ventricles",)
+CLASS_ML: Mapping[str, tuple[float, float]] = {
+    "grey matter": (211.0, 1022.0),
+    "basal ganglia": (22.0, 94.0),
+    "white matter": (205.0, 932.0),
+    "ventricles": (2.0, 250.0),
+    "cerebellum": (60.0, 302.0),
+    "brainstem": (12.0, 50.0),
+}
+MIN_CONTRAST = 1.0
+MAX_CUT_CM2 = 2.0
+_OPPOSITE = {"L": "R", "R": "L", "P": "A", "A": "P", "I": "S", "S": "I"}
+_FACE = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say, and why."""
+
+    verdict: Literal["pass", "review", "fail"]
+    reasons: tuple[str, ...]
+    """A sentence each, with the figure and the bound; empty for pass."""
+
+
+def judge(classes: np.ndarray, scan: Volume, protocol: Protocol, *, warnings: Sequence[str] = ()) -> Verdict:
+    """The verdict on ``classes`` (I, J, K), the segmentation of ``scan`` on its own grid.
+
+    ``warnings`` are those of reading and conforming; each asks for a review.
+    """
+    volumes = volumes_ml(classes, scan, protocol)
+    missing = [name for name, ml in volumes.items() if ml == 0]
+    failures = [f"no voxel of {', '.join(missing)} was found; all of {', '.join(protocol.foreground)} are wanted"] if missing else []
+    doubts = []
+    if protocol.name == "lod7":
+        failures += _brain_volume(volumes)
+        doubts += _class_volumes(volumes) + _contrast(classes, scan, protocol)
+    doubts += _cuts(classes, scan) + list(warnings)
+    return Verdict("fail" if failures else "review" if doubts else "pass", tuple(failures + doubts))
+
+
+def volumes_ml(classes: np.ndarray, scan: Volume, protocol: Protocol) -> dict[str, float]:
+    """Volume in mL of each foreground class, by name, of ``classes`` (I, J, K) on the scan's own grid."""
+    voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+    counts = np.bincount(classes.reshape(-1), minlength=protocol.classes)
+    return {name: int(count) * voxel_ml for name, count in zip(protocol.foreground, counts[1:], strict=True)}
+
+
+def cut_cm2(classes: np.ndarray, scan: Volume) -> dict[str, float]:
+    """Labelled area on each face of the field of view, cm², by the face's name.
+
+    >>> scan = Volume(np.zeros((3, 4, 5)), np.diag([10.0, 10, 20, 1]))     # RAS, voxels of 10 × 10 × 20 mm
+    >>> classes = np.zeros((3, 4, 5), dtype=np.uint8); classes[0, 1, 2] = 1
+    >>> {face: area for face, area in cut_cm2(classes, scan).items() if area}
+    {'left': 2.0}
+    """
+    cell_mm2 = np.prod(scan.voxel_mm) / scan.voxel_mm  # (3,) area of a voxel's face across each axis
+    areas = {}
+    for axis, letter in enumerate(scan.orientation):
+        for index, towards in ((0, _OPPOSITE[letter]), (-1, letter)):
+            areas[_FACE[towards]] = float((classes.take(index, axis=axis) > 0).sum() * cell_mm2[axis] / 100)
+    return areas
+
+
+def contrast(classes: np.ndarray, scan: Volume, protocol: Protocol) -> float:
+    """(mean of WM − mean of GM) / mean of their standard deviations; NaN where one is missing, 0 where both are flat and equal."""
+    grey, white = (scan.data[classes == protocol.class_names.index(name)].astype(np.float64) for name in ("grey matter", "white matter"))
+    if not grey.size or not white.size:
+        return float("nan")
+    difference, spread = white.mean() - grey.mean(), (white.std() + grey.std()) / 2
+    return float(difference / spread) if spread else float(np.sign(difference) * np.inf if difference else 0)
+
+
+def _brain_volume(volumes: Mapping[str, float]) -> list[str]:
+    total = sum(ml for name, ml in volumes.items() if name not in NOT_BRAIN)
+    low, high = BRAIN_ML
+    return [] if low <= total <= high else [f"the brain has {total:.0f} mL; {low:.0f} to {high:.0f} mL are expected of a whole human brain"]
+
+
+def _class_volumes(volumes: Mapping[str, float]) -> list[str]:
+    return [
+        f"{name} has {volumes[name]:.3g} mL; {low:.0f} to {high:.0f} mL are expected"
+        for name, (low, high) in CLASS_ML.items()
+        if volumes[name] and not low <= volumes[name] <= high
+    ]
+
+
+def _contrast(classes: np.ndarray, scan: Volume, protocol: Protocol) -> list[str]:
+    figure = contrast(classes, scan, protocol)
+    if np.isnan(figure) or figure >= MIN_CONTRAST:  # a missing class has its own sentence
+        return []
+    return [
+        f"white matter is {figure:.2f} standard deviations brighter than grey matter; "
+        f"at least {MIN_CONTRAST} is expected of a T1w (another contrast, or strong noise?)"
+    ]
+
+
+def _cuts(classes: np.ndarray, scan: Volume) -> list[str]:
+    return [
+        f"the {face} face of the field of view cuts {area:.0f} cm² of brain; at most {MAX_CUT_CM2:g} cm² is expected of a whole head"
+        for face, area in cut_cm2(classes, scan).items()
+        if area > MAX_CUT_CM2
+    ]

@@ -1,0 +1,181 @@
+"""Stage *harmonise*: scans → shards on the standard grid, and ``tables/samples.parquet``, their manifest.
+
+*Harmonise* means geometry, intensity, labels and metadata; it is not ComBat. Ray tasks, one a shard: a shard holds a few dozen scans
+of one site, is written aside and renamed, and carries its recipe, so a run that was stopped redoes only what is unfinished and a new
+subject rewrites one shard. A scan that fails is quarantined with its reason; the run goes on. The manifest is written last; shards
+that it does not name are deleted.
+"""
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_registry import conform, protocol, shards
+from data_registry.errors import InputError, run_stage
+from data_registry.files import sha256
+from data_registry.params import Harmonise, fingerprint, load_params
+from data_registry.schema import read_table, write_table
+from data_registry.volume import load_image, load_labels
+from pipelines.index import SCANS_TABLE, find_databases
+from pipelines.parallel import run_bounded
+
+log = logging.getLogger("lodbrain.harmonise")
+SAMPLES_TABLE = Path("tables/samples.parquet")
+SHARD_FOLDER = Path("shards")
+RECIPE_VERSION = 1
+"""Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
+
+
+def main() -> None:
+    """Harmonise the scans of ``tables/scans.parquet`` into ``shards/``."""
+    params = load_params()
+    scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
+    databases = find_databases([Path(root) for root in params.index.roots])
+    plan = plan_shards(scans, params.harmonise)
+    todo = [item for item in plan if (shards.read_metadata(SHARD_FOLDER / item["shard"]) or {}).get("recipe") != item["recipe"]]
+    log.info("%d scans in %d shards, %d to make", len(scans), len(plan), len(todo))
+    _make(todo, databases, params.harmonise, workers=params.resources.workers, address=params.resources.ray_address)
+    samples = [row for item in plan for row in collect(SHARD_FOLDER / item["shard"], item["shard"])]
+    bad = [row for row in samples if row["status"] != "ok"]
+    for row in bad:
+        log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
+    if len(bad) == len(samples):
+        raise InputError(f"all {len(samples)} scans are quarantined; the reasons stand above")
+    write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
+    _delete_unnamed({item["shard"] for item in plan})
+    log.info("%s: %d scans, %d quarantined", SAMPLES_TABLE, len(samples), len(bad))
+
+
+def plan_shards(scans: list[dict], settings: Harmonise) -> list[dict]:
+    """Which scans stand in which shard, and each shard's recipe: all that its bytes depend on, no path, no order, no history."""
+    members = defaultdict(list)
+    for scan in sorted(scans, key=lambda row: row["scan_id"]):
+        part = shards.shard_of(scan["subject"], settings.shards_per_site)
+        members[shards.shard_name(settings.grid, scan["database"], scan["site"], part)].append(scan)
+    tables = {name: protocol.load(name).version for name in settings.block_protocols}
+    plan = []
+    for name, rows in sorted(members.items()):
+        files = [[row["scan_id"], row["t1w_sha256"], [[label["source"], label["sha256"]] for label in row["labels"]]] for row in rows]
+        chosen = settings.model_dump(mode="json", exclude={"shards_per_site"})
+        plan.append({"shard": name, "scans": rows, "recipe": fingerprint(RECIPE_VERSION, chosen, tables, files)})
+    return plan
+
+
+def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, *, workers: int, address: str | None) -> None:
+    """Make the unfinished shards, with a progress bar over their scans."""
+    if not todo:
+        return
+    for row in (row for item in todo for row in item["scans"]):
+        if row["database"] not in databases:
+            raise InputError(f"database {row['database']} of {SCANS_TABLE} is below no root of params.yaml; run `python -m pipelines.index` again")
+    items = [(str(SHARD_FOLDER.resolve()), item, {r["database"]: str(databases[r["database"]].resolve()) for r in item["scans"]}, settings) for item in todo]
+    columns = (TextColumn("harmonise"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} quarantined"), TimeRemainingColumn())
+    failed = []
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=sum(len(item["scans"]) for item in todo), bad=0)
+        bad = 0
+        for index, result in run_bounded(make_shard, items, workers=workers, address=address):
+            if isinstance(result, Exception):
+                failed.append(f"{todo[index]['shard']}: {str(result).strip().splitlines()[-1]}")
+            else:
+                bad += result
+            progress.update(bar, advance=len(todo[index]["scans"]), bad=bad)
+    if failed:
+        raise InputError(f"{len(failed)} shards could not be made, e.g. {failed[0]}; run the stage again, finished shards are kept")
+
+
+def make_shard(folder: str, item: dict, roots: dict[str, str], settings: Harmonise) -> int:
+    """One Ray task: read, conform and write the scans of one shard. Returns how many are quarantined."""
+    rows, samples = [], []
+    for scan in item["scans"]:
+        try:
+            arrays, sample = harmonise_scan(scan, Path(roots[scan["database"]]), settings)
+            rows.append({"scan_id": scan["scan_id"], **arrays})
+            samples.append({**sample, "status": "ok", "shard": item["shard"], "row_group": len(rows) - 1})
+        except (InputError, MemoryError) as error:
+            samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": str(error) or type(error).__name__})
+    metadata = {"recipe": item["recipe"], "samples": samples}
+    shards.write_shard(Path(folder) / item["shard"], rows, side=_side(samples, settings), metadata=metadata)
+    return len(samples) - len(rows)
+
+
+def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of one scan by column name, and its row of the samples table (without its place in a shard).
+
+    Raises :class:`InputError` for whatever keeps the scan out.
+    """
+    volume = load_image(root / scan["t1w_path"])
+    conformed = conform.conform(volume, grid=settings.grid)
+    placement, t1w = conformed.placement, conformed.data
+    arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
+    warnings = list(conformed.warnings)
+    for label in scan["labels"]:
+        labels = load_labels(root / label["path"])
+        warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
+        arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
+    volumes = []
+    for name in settings.block_protocols:
+        table = protocol.load(name)
+        source = next((source for source in table.sources if f"{source}_x1" in arrays), None)
+        if source is None:
+            continue
+        path = next(label["path"] for label in scan["labels"] if label["source"] == source)
+        classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
+        arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
+        voxels = np.bincount(classes.ravel(), minlength=table.classes)
+        volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
+    histogram = np.bincount(t1w.ravel(), minlength=256)
+    levels = np.arange(256)
+    mean = float((histogram * levels).sum() / t1w.size)  # exact: integers until the division
+    sample = _identity(scan, settings) | {
+        "warnings": warnings,
+        "label_sources": [label["source"] for label in scan["labels"]],
+        "voxel_mm": placement.voxel_mm,
+        "shape": list(placement.shape),
+        "affine": placement.affine.ravel().tolist(),
+        "native_shape": list(placement.native_shape),
+        "native_affine": placement.native_affine.ravel().tolist(),
+        "mean": mean,
+        "deviation": float(np.sqrt((histogram * (levels - mean) ** 2).sum() / t1w.size)),
+        "histogram": histogram.tolist(),
+        "label_volumes_ml": volumes,
+    }
+    return arrays, sample
+
+
+def _identity(scan: dict, settings: Harmonise) -> dict:
+    return {key: scan[key] for key in ("scan_id", "database", "site")} | {"grid": settings.grid}
+
+
+def _side(samples: list[dict], settings: Harmonise) -> int:
+    """Side of the shard's cubes; one for all its scans."""
+    sides = {sample["shape"][0] for sample in samples if sample["status"] == "ok"}
+    if len(sides) > 1:
+        raise InputError(f"grid {settings.grid}: the scans of one site need cubes of {sorted(sides)} voxels; choose a grid by size, e.g. 1mm")
+    return sides.pop() if sides else 0
+
+
+def collect(path: Path, shard: str) -> list[dict]:
+    """The samples rows of a finished shard, with its hash."""
+    metadata = shards.read_metadata(path)
+    if metadata is None:
+        raise InputError(f"{path}: no complete shard; run `python -m pipelines.harmonise` again")
+    digest = sha256(path)
+    return [row | ({"shard_sha256": digest} if row["status"] == "ok" else {}) for row in metadata["samples"]]
+
+
+def _delete_unnamed(named: set[str]) -> None:
+    """Remove shards that the manifest does not name, and folders left empty."""
+    for path in sorted(SHARD_FOLDER.rglob("*"), reverse=True):
+        if path.is_file() and str(path.relative_to(SHARD_FOLDER)) not in named:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,245 @@
+"""Stage *index*: BIDS databases → ``tables/scans.parquet``, a row a T1w: who, where, which scanner, which files, which bytes.
+
+Always runs and is cheap: hashes are cached by path, size and time, and the table is what every later stage depends on, so DVC never
+hashes the raw data. A scan that cannot be used keeps its row, with the reason; what makes a whole database unusable stops the run.
+"""
+
+import csv
+import json
+import logging
+import re
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.progress import track
+
+from data_registry.catalogue import Database, find_database
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing, sha256
+from data_registry.label_sources import find_labels
+from data_registry.params import load_params
+from data_registry.schema import write_table
+
+log = logging.getLogger("lodbrain.index")
+HASH_CACHE = Path("cache/hashes.parquet")
+SCANS_TABLE = Path("tables/scans.parquet")
+
+
+def main() -> None:
+    """Index the roots of ``params.yaml`` in the current folder."""
+    params = load_params()
+    rows = index([Path(root) for root in params.index.roots])
+    write_table(SCANS_TABLE, "scans", rows)
+    usable = sum(row["reason"] is None for row in rows)
+    log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
+
+
+def index(roots: list[Path]) -> list[dict]:
+    """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``.
+
+    Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
+    column that a database lacks.
+    """
+    databases = find_databases(roots)
+    rows = [row for name, root in databases.items() for row in index_database(find_database(name), root)]
+    _tell_apart(rows)
+    _hash_files(rows, databases)
+    _judge_same_content(rows)
+    for row in rows:
+        if row["reason"]:
+            log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
+    if not any(row["reason"] is None for row in rows):
+        raise InputError(f"{', '.join(map(str, roots))}: none of the {len(rows)} scans can be used; the reasons stand above")
+    return sorted(rows, key=lambda row: row["scan_id"])
+
+
+def find_databases(roots: list[Path]) -> dict[str, Path]:
+    """The databases below ``roots`` by name (their folders' names): a root is a BIDS database or a folder of them."""
+    found: dict[str, Path] = {}
+    for root in roots:
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder; a BIDS database, or a folder of them, is wanted (index.roots in params.yaml)")
+        inside = [root] if _is_database(root) else sorted(p for p in root.iterdir() if p.is_dir() and _is_database(p))
+        if not inside:
+            raise InputError(f"{root}: no BIDS database in it; a folder with sub-*/[ses-*/]anat/*_T1w.nii.gz, or a folder of such, is wanted")
+        for path in inside:
+            name = path.resolve().name
+            if name in found:
+                raise InputError(f"{path}: a second database named {name}, beside {found[name]}; each folder needs a name of its own")
+            found[name] = path
+    return found
+
+
+def _is_database(path: Path) -> bool:
+    return (path / "dataset_description.json").is_file() or any(path.glob("sub-*"))
+
+
+def index_database(database: Database, root: Path) -> list[dict]:
+    """Rows of one database, without hashes."""
+    import bids2table  # 0.1 s, and its schema files: not for --help
+
+    files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
+    if not files:
+        raise InputError(f"{root}: no T1w in it; sub-*/[ses-*/]anat/*_T1w.nii.gz is wanted")
+    if not database.known:
+        log.info("%s is not in the catalogue: taken as one site, named after it", database.name)
+    people = _Participants(root, database)
+    rows, labelled = [], set()
+    for entry in sorted(files, key=lambda entry: entry["path"]):
+        subject, session = entry["sub"], entry["ses"] or ""
+        sidecar, reason = _sidecar(root / entry["path"])
+        site, site_reason = people.site(subject, sidecar)
+        place = database.sites.get(site)
+        row = {
+            "scan_id": f"{database.name}_{Path(entry['path']).name.split('.')[0].removesuffix('_T1w')}",
+            "database": database.name, "site": site, "place": place.place if place else site,
+            "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
+            "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": None,
+            **people.age_and_sex(subject),
+            "manufacturer": sidecar.get("Manufacturer") or (place.manufacturer if place else None),
+            "model": sidecar.get("ManufacturersModelName") or (place.model if place else None),
+            "field_strength_tesla": _number(sidecar.get("MagneticFieldStrength")) or (place.field_strength_tesla if place else None),
+            "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
+            "reason": site_reason or reason,
+        }  # fmt: skip
+        if (subject, session) in labelled:  # one FreeSurfer folder a session: it fits the first T1w, the head has moved by the next
+            log.info("%s: the labels of this session belong to its first T1w; this one has none", row["scan_id"])
+        else:
+            labels = find_labels(root, subject, session)
+            row["labels"] = [{"source": source, "path": str(path.relative_to(root)), "sha256": None} for source, path in labels.items()]
+            labelled.add((subject, session))
+        rows.append(row)
+    return rows
+
+
+class _Participants:
+    """``participants.tsv`` of one database, and the site rule applied to it."""
+
+    def __init__(self, root: Path, database: Database) -> None:
+        self.database, self.path, self.rows = database, root / "participants.tsv", defaultdict(list)
+        header: list[str] = []
+        if self.path.is_file():
+            with open(self.path, encoding="utf-8-sig", newline="") as handle:
+                reader = csv.DictReader(handle, delimiter="\t")
+                header = list(reader.fieldnames or [])
+                for row in reader:
+                    self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
+        column = database.site_rule.participants
+        if column and column not in header:
+            raise InputError(
+                f"{self.path}: database {database.name} takes its sites from column {column!r}, "
+                f"{'which is missing; it has ' + ', '.join(header) if header else 'but there is no such file'}"
+            )
+
+    def site(self, subject: str, sidecar: dict) -> tuple[str, str | None]:
+        """The site of a scan, and why it is quarantined if the rule gives none."""
+        rule = self.database.site_rule
+        if rule.participants:
+            values = sorted({row[rule.participants] for row in self.rows.get(subject, []) if row[rule.participants] not in (None, "", "n/a")})
+            where = f"column {rule.participants!r} of {self.path}"
+            if len(values) > 1:
+                return "unknown", f"sub-{subject} stands in two sites ({' and '.join(values)}) in {where}; one is wanted"
+        elif rule.sidecar:
+            values, where = [str(sidecar[rule.sidecar])] if sidecar.get(rule.sidecar) else [], f"field {rule.sidecar!r} of the sidecar"
+        elif rule.prefix:
+            match = re.match(rule.prefix, subject)
+            values, where = [match.group(1)] if match else [], f"the label of sub-{subject} (rule {rule.prefix!r})"
+        else:
+            values, where = [str(rule.single)], "the catalogue"
+        if not values:
+            return "unknown", f"no site for sub-{subject} in {where}; a value is wanted"
+        if values[0] not in self.database.sites:
+            return values[0], f"site {values[0]!r} from {where} is not in the catalogue; one of {', '.join(self.database.sites)} is wanted"
+        return values[0], None
+
+    def age_and_sex(self, subject: str) -> dict:
+        """Age in years and F or M where a first row states them plainly, else null."""
+        row = {key.lower(): value for key, value in (self.rows.get(subject) or [{}])[0].items() if key}
+        sex = (row.get("sex") or row.get("gender") or "").strip().upper()[:1]
+        return {"age_years": _number(row.get("age")), "sex": sex if sex in ("F", "M") else None}
+
+
+def _sidecar(path: Path) -> tuple[dict, str | None]:
+    """The JSON beside a T1w (empty if there is none), and why the scan is quarantined if it cannot be read."""
+    sidecar = path.with_name(path.name.split(".")[0] + ".json")
+    if not sidecar.is_file():
+        return {}, None
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        return {}, f"{sidecar}: not valid JSON ({error}); a sidecar or none is wanted"
+    return content if isinstance(content, dict) else {}, None
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _tell_apart(rows: list[dict]) -> None:
+    """Two files that give one ``scan_id`` (``.nii`` beside ``.nii.gz``): which is meant is not known."""
+    first: dict[str, dict] = {}
+    for row in rows:
+        other = first.setdefault(row["scan_id"], row)
+        if other is not row:
+            row["scan_id"] = f"{row['scan_id']}@{row['t1w_path']}"
+            row["reason"] = row["reason"] or f"{row['t1w_path']}: names the same scan as {other['t1w_path']}; one file for one scan is wanted"
+            other["reason"] = other["reason"] or f"{other['t1w_path']}: names the same scan as {row['t1w_path']}; one file for one scan is wanted"
+
+
+def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
+    """Fill in the SHA-256 of every T1w and label map; a file that cannot be read quarantines its scan."""
+    known = {(r["path"], r["bytes"], r["mtime_ns"]): r["sha256"] for r in pq.read_table(HASH_CACHE).to_pylist()} if HASH_CACHE.is_file() else {}
+    wanted = [(row, row, "t1w", row["t1w_path"]) for row in rows] + [(row, label, "", label["path"]) for row in rows for label in row["labels"]]
+
+    def one(item: tuple) -> tuple | None:
+        row, _, _, path = item
+        file = (databases[row["database"]] / path).resolve()
+        try:
+            status = file.stat()
+            key = (str(file), status.st_size, status.st_mtime_ns)
+            return key, known.get(key) or sha256(file)
+        except OSError as error:
+            return None, f"{databases[row['database']] / path}: {error.strerror}; a readable file is wanted"
+
+    cache = {}
+    with ThreadPoolExecutor(8) as pool:
+        results = track(pool.map(one, wanted), "index: hashing", total=len(wanted), console=Console(stderr=True), transient=True)
+        for (row, target, kind, _), (key, value) in zip(wanted, results, strict=True):
+            if key is None:
+                row["reason"] = row["reason"] or value
+                continue
+            target["t1w_sha256" if kind else "sha256"] = cache[key] = value
+    table = pa.Table.from_pylist([{"path": p, "bytes": b, "mtime_ns": t, "sha256": h} for (p, b, t), h in sorted(cache.items())])
+    with replacing(HASH_CACHE) as aside:
+        pq.write_table(table, aside)
+
+
+def _judge_same_content(rows: list[dict]) -> None:
+    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person."""
+    by_content = defaultdict(list)
+    for row in rows:
+        if row["t1w_sha256"]:
+            by_content[row["t1w_sha256"]].append(row)
+    for same in by_content.values():
+        if len(same) < 2:
+            continue
+        count = Counter(row["database"] for row in same)
+        person = min(row["person"] for row in same)
+        for row in same:
+            if count[row["database"]] > 1:
+                others = ", ".join(other["scan_id"] for other in same if other is not row)
+                row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
+            row["person"] = person
+        if len(count) > 1:
+            log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,68 @@
+"""Stage *split*: the frozen table fold × scan → role, its hash and its leakage proof."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+
+from data_registry import protocol, split
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing
+from data_registry.params import load_params
+from data_registry.schema import read_table, write_table
+from pipelines.harmonise import SAMPLES_TABLE
+from pipelines.index import SCANS_TABLE
+
+log = logging.getLogger("lodbrain.split")
+SPLIT_TABLE = Path("tables/split.parquet")
+SPLIT_PROOF = Path("tables/split.json")
+
+
+def main() -> None:
+    """Split the harmonised scans that have labels of the trained protocol."""
+    params = load_params()
+    scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
+    samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok"]
+    wanted = protocol.load(params.train.protocol).sources
+    usable = [scans[row["scan_id"]] for row in samples if set(row["label_sources"]) & set(wanted)]
+    unlabelled = [row for row in samples if not set(row["label_sources"]) & set(wanted)]
+    if not usable:
+        raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {params.train.protocol} (sources {', '.join(wanted)})")
+    rows, notes = split.compile_split(usable, params.split)
+    proof = split.prove(rows, usable, params.split)
+    assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
+    general = [f"{row['scan_id']}: left out, no labels of protocol {params.train.protocol} (has {_has(row)})" for row in unlabelled]
+    folds = len(notes)
+    if not params.split.holdout and folds < params.split.folds:
+        general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
+    digest = split.split_hash(rows)
+    content = {
+        "split_hash": digest,
+        "key": params.split.key,
+        "settings": params.split.model_dump(mode="json"),
+        "folds": [
+            {
+                "fold": fold,
+                "held_out": sorted({r["group"] for r in rows if r["fold"] == fold and r["role"] == "external_test"}),
+                "counts": {role: Counter(r["role"] for r in rows if r["fold"] == fold)[role] for role in split.ROLES},
+                "notes": notes[fold],
+            }
+            for fold in range(folds)
+        ],
+        "proof": proof,
+        "notes": general,
+    }
+    write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
+    with replacing(SPLIT_PROOF) as aside:
+        aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for line in [*general, *(f"fold {fold}: {note}" for fold, these in enumerate(notes) for note in these)]:
+        log.warning(line)
+    log.info("%s: %d folds over %d scans, hash %s, no leak in %d checks", SPLIT_TABLE, folds, len(usable), digest[:12], len(proof))
+
+
+def _has(sample: dict) -> str:
+    return ", ".join(sample["label_sources"]) or "none"
+
+
+if __name__ == "__main__":
+    run_stage(main)
