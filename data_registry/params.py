@@ -120,6 +120,8 @@ class Resources(_Section):
     """An existing Ray cluster; null starts one on this machine."""
     threads: Count | None = None
     """Of a training process; null lets torch choose."""
+    loader_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read and augment samples beside the training process."""
     mlflow_uri: str | None = None
     """Tracking server; null is SQLite in mlflow/ beside params.yaml."""
 

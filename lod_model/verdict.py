@@ -21,6 +21,7 @@ import numpy as np
 
 from data_registry.protocol import Protocol
 from data_registry.volume import Volume
+from lod_model import metrics
 
 BRAIN_ML = (750.0, 1900.0)
 NOT_BRAIN = ("ventricles",)
@@ -66,8 +67,7 @@ def judge(classes: np.ndarray, scan: Volume, protocol: Protocol, *, warnings: Se
 def volumes_ml(classes: np.ndarray, scan: Volume, protocol: Protocol) -> dict[str, float]:
     """Volume in mL of each foreground class, by name, of ``classes`` (I, J, K) on the scan's own grid."""
     voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
-    counts = np.bincount(classes.reshape(-1), minlength=protocol.classes)
-    return {name: int(count) * voxel_ml for name, count in zip(protocol.foreground, counts[1:], strict=True)}
+    return dict(zip(protocol.foreground, metrics.volumes_ml(classes, protocol.classes, voxel_ml=voxel_ml).tolist(), strict=True))
 
 
 def cut_cm2(classes: np.ndarray, scan: Volume) -> dict[str, float]:

@@ -224,15 +224,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _Parser(prog="python -m pipelines.demo", description="Build six small BIDS databases of synthetic heads, one site each.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder that holds the databases")
     parser.add_argument("--seed", type=int, help="what the heads follow from (0; with --add that of the database)")
-    parser.add_argument("--subjects", type=int, default=4, help="of each database (4)")
+    parser.add_argument("--subjects", type=int, help="of each database (4)")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes, about 1.5 GB each (2)")
     parser.add_argument("--add", metavar="DATABASE", help=f"only add the next subject to one of {', '.join(SITES)}")
     args = parser.parse_args(argv)
+    if args.add and args.subjects is not None:
+        parser.error("--subjects cannot be given with --add, which adds one")
     try:
         if args.add:
             print(add_subject(args.out, args.add, seed=args.seed))
         else:
-            print(*build_sites(args.out, seed=args.seed or 0, subjects=args.subjects, workers=args.workers), sep="\n")
+            seed, subjects = args.seed or 0, 4 if args.subjects is None else args.subjects
+            print(*build_sites(args.out, seed=seed, subjects=subjects, workers=args.workers), sep="\n")
     except OSError as error:
         raise InputError(f"{error.filename or args.out}: {error.strerror or error}; a folder that can be written is wanted") from None
 

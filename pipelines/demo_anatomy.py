@@ -166,10 +166,10 @@ def _deep(axes: Axes, t1: np.ndarray, solid: np.ndarray) -> dict[str, np.ndarray
     inside = functools.partial(_ellipsoid, axes)
     dark = solid & (t1 < 0.85)
     return {
-        "ventral dc": solid & inside((12, -14, -8), (11, 12, 7)),
-        "thalamus": solid & inside((11, -17, 8), (11, 16, 11)),
+        "ventral dc": solid & inside((12, -14, -9), (12, 13, 8)),
+        "thalamus": solid & inside((11.5, -17, 8), (11.5, 16.5, 11.5)),
         "putamen": dark & inside((26, 4, 2), (8.5, 19, 12)),
-        "pallidum": solid & inside((20, -4, 0), (5.5, 9, 7)),
+        "pallidum": solid & inside((20, -4, -1), (6.5, 10, 8)),
         "caudate": dark & (inside((13, 13, 8), (7, 13, 14)) | inside((17, -6, 21), (4.5, 16, 6))),
         "accumbens": dark & inside((10, 11, -8), (5.5, 5, 5)),
         "hippocampus": dark & inside((28, -22, -13), (7, 19, 6.5), tilt=0.55),

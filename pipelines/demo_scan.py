@@ -18,7 +18,7 @@ from pipelines.demo_sites import Site
 _LATTICE_MM = 3  # the deformation is exact on this lattice and linear between its points
 _FIELD_MM = 4  # spacing of the random displacement's lattice
 _FIELD_SIZE = 65
-_WRINKLES_MM = ((24, 4.5), (11, 2.6), (6, 1.1))
+_WRINKLES_MM = ((28, 3.5), (12, 1.7), (6, 0.7))
 """Random displacement: (width of the Gaussian that smooths it, root mean square along an axis), mm."""
 
 
@@ -53,7 +53,7 @@ class Person:
 def draw_person(site: Site, rng: np.random.Generator) -> Person:
     """A person of the site's ages: size and shape of head, brain and ventricles, and how they lie in the scanner."""
     age, sex = int(rng.integers(site.ages_years[0], site.ages_years[1], endpoint=True)), str(rng.choice(["F", "M"]))
-    size = (0.92 if sex == "F" else 0.95) * (1 + rng.uniform(-0.06, 0.06)) * (1 + rng.uniform(-0.05, 0.05, 3))  # per axis, of the template
+    size = (0.90 if sex == "F" else 0.925) * (1 + rng.uniform(-0.04, 0.04)) * (1 + rng.uniform(-0.04, 0.04, 3))  # per axis, of the template
     turn = np.radians(rng.uniform(-8, 8, 3))
     position_mm = rng.uniform(-12, 12, 3)
     wrinkles = np.zeros((3,) + (_FIELD_SIZE,) * 3, np.float32)
@@ -165,7 +165,7 @@ def make_scan(site: Site, index: int, *, seed: int) -> Scan:
     """The scan of the site's ``index``-th person; the same arguments give the same arrays, whatever was made before."""
     rng = np.random.default_rng([seed, zlib.crc32(site.database.encode()), index])
     head, person = template(), draw_person(site, rng)
-    centre_mm = rng.uniform(-20, 20, 3).round(2)  # of the field of view, from the scanner's isocentre
+    centre_mm = rng.uniform([-3, -20, -20], [3, 20, 20]).round(2)  # of the field of view, from the scanner's isocentre
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
         painted = _rendered(site, head, rng)

@@ -169,55 +169,272 @@ def group_moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean * mean).clamp_min_(0)
 
 
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """values (B, C) float64, ready to broadcast over x (B, C, *space): in fp32, or float64 where x is."""
+    dtype = x.dtype if x.dtype is torch.float64 else torch.float32
+    return values.to(dtype)[(...,) + (None,) * (x.ndim - 2)]
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> Tensor:
     """out = scale·x + shift with (B, C) float64 coefficients; out may be x."""
-    exact = x.dtype in (torch.float32, torch.float64)
-    dtype = x.dtype if exact else torch.float32
-    scale, shift = (c.to(dtype)[(...,) + (None,) * (x.ndim - 2)] for c in (scale, shift))   # (B, C, 1, 1, 1)
+    scale, shift = _per_channel(scale, x), _per_channel(shift, x)
     for x_slab, out_slab in zip(_slabs(x), _slabs(out), strict=True):
-        if exact:
+        if x.dtype == scale.dtype:
             torch.mul(x_slab, scale, out=out_slab).add_(shift)
-        else:
+        else:   # half precision: in fp32 until the end
             out_slab.copy_(x_slab * scale + shift)
     return out
 
 
-class _ExactGroupNorm(torch.autograd.Function):
-    """y = γ·(x − mean)/√(variance + ε) + β, moments and the sums of the gradient in float64, a slab at a time."""
+def _scale_and_shift(x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> tuple[Tensor, ...]:
+    """(scale, shift, mean, rstd), each (B, C) float64, with which the norm is scale·x + shift."""
+    mean, variance = (m.repeat_interleave(x.shape[1] // groups, 1) for m in group_moments(x, groups))
+    rstd = (variance + epsilon).rsqrt()
+    scale = rstd * weight.double()
+    return scale, bias.double() - mean * scale, mean, rstd
+
+
+class _GroupNormFunction(torch.autograd.Function):
+    """The norm with its gradient; what is kept for the gradient is x, nothing of its size besides."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float, inplace: bool) -> Tensor:
-        per_group = x.shape[1] // groups
-        mean, variance = (m.repeat_interleave(per_group, 1) for m in group_moments(x, groups))   # (B, C)
-        rstd = (variance + epsilon).rsqrt()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, epsilon: float) -> Tensor:
+        scale, shift, mean, rstd = _scale_and_shift(x, weight, bias, groups, epsilon)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.groups = groups
-        scale = rstd * weight.double()
-        return _affine(x, scale, bias.double() - mean * scale, x if inplace else torch.empty_like(x))
+        return _affine(x, scale, shift, torch.empty_like(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        batch, channels = x.shape[:2]
-        per_group = channels // ctx.groups
+        x, weight, mean, rstd = ctx.saved_tensors                            # mean, rstd (B, C)
         count = x[0].numel() // ctx.groups
         sum_dy, sum_dy_x = _channel_sums(dy, x)                              # (B, C)
         sum_dy_xhat = (sum_dy_x - mean * sum_dy) * rstd                      # x̂ = (x − mean)·rstd
         gamma = weight.double()
 
-        def group_mean(per_channel: Tensor) -> Tensor:                       # (B, C) → (B, C), equal within a group
-            grouped = per_channel.view(batch, ctx.groups, per_group).sum(2) / count
-            return grouped.repeat_interleave(per_group, 1)
+        def group_mean(sums: Tensor) -> Tensor:                              # (B, C) → (B, C), equal within a group
+            grouped = sums.unflatten(1, (ctx.groups, -1)).sum(2) / count
+            return grouped.repeat_interleave(x.shape[1] // ctx.groups, 1)
 
-        # dx = rstd·(γ·dy − ⟨γ·dy⟩ − x̂·⟨γ·dy·x̂⟩), sorted into dy, x and 1
         dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:   # rstd·(γ·dy − ⟨γ·dy⟩ − x̂·⟨γ·dy·x̂⟩), sorted into what multiplies x, 1 and dy
             of_x = -rstd * rstd * group_mean(gamma * sum_dy_xhat)
-            constant = -rstd * group_mean(gamma * sum_dy) - of_x * mean
-            dx = _affine(x, of_x, constant, torch.empty_like(x))
-            scale = (rstd * gamma).to(dx.dtype if dx.dtype is torch.float64 else torch.float32)
-            scale = scale[(...,) + (None,) * (x.ndim - 2)]
+            of_one = -rstd * group_mean(gamma * sum_dy) - of_x * mean
+            dx = _affine(x, of_x, of_one, torch.empty_like(x))
+            of_dy = _per_channel(rstd * gamma, dx)
             for dx_slab, dy_slab in zip(_slabs(dx), _slabs(dy), strict=True):
-                dx_slab += dy_slab * scale
-        return dx, sum_dy_xhat.sum(0).to(weight.dtype), sum_dy.sum(0).to(weight.dtype), None, None, None
+                dx_slab += dy_slab * of_dy
+        return dx, sum_dy_xhat.sum(0).to(weight.dtype), sum_dy.sum(0).to(weight.dtype), None, None
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation whose moments do not depend on size, memory format or dtype.
+
+    x (B, C, *space) → the same shape, dtype and memory format; contiguous groups of channels; an affine per channel.
+    ``inplace`` overwrites x and is for passes without gradients alone.
+
+    >>> GroupNorm(1, 1, epsilon=1e-9)(torch.tensor([[[-3.0, 3.0]]])).tolist()
+    [[[-1.0, 1.0]]]
+    """
+
+    def __init__(self, groups: int, channels: int, *, epsilon: float = 1e-3) -> None:
+        super().__init__()
+        self.groups, self.epsilon = groups, epsilon
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    @torch.compiler.disable   # the loop over slabs would be unrolled, and fused sums would be fp32 again
+    def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                assert not inplace, "the gradient needs x"
+                return _GroupNormFunction.apply(x, self.weight, self.bias, self.groups, self.epsilon)
+            scale, shift, _, _ = _scale_and_shift(x, self.weight, self.bias, self.groups, self.epsilon)
+            return _affine(x, scale, shift, x if inplace else torch.empty_like(x))
+
+    def extra_repr(self) -> str:
+        return f"{self.groups}, {self.weight.numel()}, epsilon={self.epsilon}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Plain(nn.Module):
+    """Conv 3³ → norm → ReLU → dropout → a convolution 2³ of stride 2 that halves (or doubles) each side → ReLU."""
+
+    def __init__(self, channels: int, width: int, config: LODBrainConfig, *, resample: type = nn.Conv3d) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, width, 3, padding=1)
+        self.norm = GroupNorm(min(config.groups, width), width, epsilon=config.epsilon)
+        self.resample = resample(width, 4 * width, 2, stride=2)   # Keras pads nothing here: the sides are even
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x), inplace=not torch.is_grad_enabled()).relu_()   # (B, width, D, H, W)
+        x = F.dropout(x, self.dropout, self.training)
+        return self.resample(x).relu_()                           # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
+
+
+class UpPlain(Plain):
+    """Plain with a transposed convolution: doubles each side."""
+
+    def __init__(self, channels: int, width: int, config: LODBrainConfig) -> None:
+        super().__init__(channels, width, config, resample=nn.ConvTranspose3d)
+
+
+def _plus(x: Tensor, y: Tensor) -> Tensor:
+    return x + y if torch.is_grad_enabled() else x.add_(y)   # the gradient of x's ReLU needs x as it was
+
+
+def _plus_upsampled(x: Tensor, coarse: Tensor, factor: int = 2) -> Tensor:
+    """x + coarse repeated ``factor`` times along each axis; x (B, C, f·d, f·h, f·w), coarse (B, C, d, h, w)."""
+    return _plus(x, F.interpolate(coarse, scale_factor=factor, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The U-Net of level ``index``, one encoder block shorter than the level before it.
+
+    forward(x, above): x (B, 1, d, h, w), the image at this level; ``above`` what the level before returned as features,
+    None for level 0. Returns the output (B, 4·widths[0], d, h, w) and the features for the level after: the encoder's
+    skips and the decoder's outputs that this one has a counterpart for, finest first and coarsest first.
+    """
+
+    def __init__(self, index: int, config: LODBrainConfig) -> None:
+        super().__init__()
+        widths, channels = config.widths, 4 * config.widths[0]
+        self.stem = nn.Conv3d(1, channels, 3, padding=1)
+        self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
+        for width in widths[1:-1 - index]:
+            self.encoder.append(Plain(channels, width, config))
+            channels = 4 * width
+        self.bridge = Plain(channels, widths[-1], config)
+        channels = 4 * widths[-1]
+        for width in widths[::-1][1 + index:]:
+            self.decoder.append(UpPlain(channels, width, config))
+            channels = 4 * width
+        self.out = nn.Conv3d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, above: tuple[list[Tensor], list[Tensor]] | None) -> tuple[Tensor, tuple[list, list]]:
+        skips = [self.stem(x)]                                    # (B, 4·w0, d, h, w)
+        for i, block in enumerate(self.encoder):
+            x = block(skips[-1])                                  # each side halves, 4·w(i+1) channels
+            skips.append(x if above is None else _plus_upsampled(x, above[0][i]))
+        down = skips[1:]
+        x = self.bridge(skips[-1])                                # halves once more, 4·w(-1) channels
+        up = []
+        for i, block in enumerate(self.decoder):
+            x = _plus(block(x), skips.pop())                      # each side doubles
+            up.append(x if above is None else _plus_upsampled(x, above[1][i]))
+            x = up[-1]
+        return self.out(x), (down, up[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Network
+
+
+class LODBrain(nn.Module):
+    """The network of a ``LODBrainConfig``.
+
+    >>> net = LODBrain(LODBrainConfig()).eval()
+    >>> sum(p.numel() for p in net.parameters())
+    337719
+    >>> net(torch.zeros(1, 1, 16, 16, 24)).shape
+    torch.Size([1, 7, 16, 16, 24])
+    """
+
+    def __init__(self, config: LODBrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList(Level(k, config) for k in range(config.levels))
+        self.head = nn.Conv3d(4 * config.widths[0], config.classes, 1)
+        self._initialise()
+        self.to(memory_format=torch.channels_last_3d)
+
+    def _initialise(self) -> None:
+        stems = [level.stem for level in self.levels]
+        for conv in (m for m in self.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)):
+            if conv in stems:
+                nn.init.xavier_uniform_(conv.weight)
+            else:   # Keras cuts the normal at two deviations and widens it to keep the variance
+                deviation = math.sqrt(2 / (conv.weight.shape[1] * conv.weight[0, 0].numel())) / 0.87962566103423978
+                nn.init.trunc_normal_(conv.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1, D, H, W), z-scored over all voxels, LIA, 1 mm → logits (B, classes, D, H, W).
+
+        ValueError where a side is no multiple of ``config.multiple``.
+        """
+        self._check(x, self.config.multiple)
+        outputs, features = [], None
+        for pool, level in zip(self.config.pools, self.levels, strict=True):
+            out, features = level(F.max_pool3d(x, pool) if pool > 1 else x, features)   # (B, 4·w0, D/pool, H/pool, W/pool)
+            outputs.append(out)
+        return self._classify(outputs)
+
+    def forward_coarse(self, x_pooled: Tensor) -> Tensor:
+        """What ``forward`` gives before its last upsampling: logits (B, classes, d, h, w) on the grid of the pooled image.
+
+        x_pooled (B, 1, d, h, w) is the z-scored image after max-pooling by ``config.coarse_pool``. One level alone has
+        this: ValueError for more.
+        """
+        if self.config.levels != 1:
+            raise ValueError(f"forward_coarse: the network has {self.config.levels} levels, wanted 1")
+        self._check(x_pooled, self.config.pooled_multiple)
+        return self.head(self.levels[0](x_pooled, None)[0])
+
+    def _classify(self, outputs: list[Tensor]) -> Tensor:
+        """The head over the sum of all levels' outputs; it is linear, so each level's share is upsampled after it."""
+        finest = self.config.pools[-1]
+        logits = self.head(outputs.pop())                         # (B, classes, D/finest, …)
+        for pool, out in zip(self.config.pools, outputs, strict=False):
+            share = F.conv3d(out, self.head.weight)               # (B, classes, D/pool, …), the bias once only
+            logits = _plus_upsampled(logits, share, pool // finest)
+        return logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="nearest")
+
+    def _check(self, x: Tensor, multiple: int) -> None:
+        if x.ndim != 5 or x.shape[1] != 1:
+            raise ValueError(f"image: shape {tuple(x.shape)}, wanted (B, 1, D, H, W)")
+        if any(side == 0 or side % multiple for side in x.shape[2:]):
+            raise ValueError(f"image: {' × '.join(map(str, x.shape[2:]))} voxels, wanted every side a multiple of {multiple}")
+
+    def l2(self, weight: float = L2_WEIGHT) -> Tensor:
+        """The penalty to add to the loss: weight · Σw² over the kernels of every convolution but the levels' first.
+
+        Keras's L2: the squares are summed, neither halved nor averaged, so the gradient is 2·weight·w. It is part of the
+        loss that Adam sees; AdamW's decay is another thing.
+        """
+        stems = [level.stem for level in self.levels]
+        kernels = [m.weight for m in self.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d) and m not in stems]
+        return weight * torch.stack([kernel.float().square().sum() for kernel in kernels]).sum()
+
+    def freeze(self, which: str) -> None:
+        """``none``: everything trains, as in the release. ``coarse``: all levels but the finest stand; the head trains."""
+        if which not in FREEZE:
+            raise ValueError(f"freeze: {which!r}, wanted one of {', '.join(FREEZE)}")
+        for level in self.levels[:-1]:
+            level.requires_grad_(which == "none")
+
+
+def load_coarse(net: LODBrain, coarse: LODBrain, *, freeze: str = "none") -> None:
+    """Start a stage from the one before: every tensor of ``coarse``, head included, into the levels of ``net``.
+
+    ``net`` has one level more and otherwise the same widths, classes and groups: ValueError if not. The finest level
+    keeps its initial values.
+    """
+    if coarse.config.levels != net.config.levels - 1:
+        raise ValueError(f"coarse: {coarse.config.levels} level(s), wanted {net.config.levels - 1} for a network of {net.config.levels}")
+    for field in ("classes", "widths", "groups", "epsilon"):
+        came, wanted = getattr(coarse.config, field), getattr(net.config, field)
+        if came != wanted:
+            raise ValueError(f"coarse: {field} {came}, wanted {wanted}")
+    net.load_state_dict(net.state_dict() | coarse.state_dict())
+    net.freeze(freeze)
+
+
+def build(config: dict) -> LODBrain:
+    """The network of a plain dict, as a checkpoint or ``params.yaml`` has it."""
+    return LODBrain(LODBrainConfig.from_dict(config))

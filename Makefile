@@ -1,0 +1,27 @@
+# make demo | test | test-full | lint | install. TORCH=cuda installs torch's CUDA build; DATA=folder runs the demo on your BIDS databases.
+VENV ?= .venv
+TORCH ?= cpu
+DATA ?=
+MARK = $(VENV)/.installed-$(TORCH)
+RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+export DVC_NO_ANALYTICS = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: install demo test test-full lint
+install: $(MARK)
+
+$(MARK): requirements.lock pyproject.toml infra/install.sh
+	@infra/install.sh $(VENV) $(TORCH)
+	@rm -f $(VENV)/.installed-*; touch $(MARK)
+
+demo: install  ## the whole path on synthetic sites, or on DATA
+	@$(RUN) python -m pipelines.project $(if $(DATA),--data "$(DATA)",--demo)
+
+test: install  ## the fast suite
+	@$(RUN) python -m pytest
+
+test-full: install  ## also what needs the full network at 256 cubed, or minutes of training
+	@$(RUN) python -m pytest -m 'full or not full'
+
+lint: install
+	@$(RUN) ruff check .

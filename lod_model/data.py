@@ -1,0 +1,161 @@
+"""Training samples out of the shards: which scans a fold gives each role, in which order, and what the network is fed.
+
+The order of an epoch is a pure function of (seed, epoch); the parameters of an augmentation of (seed, epoch, sample).
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError
+from data_registry.schema import read_table
+from data_registry.shards import read_row, shard_path
+from lod_model.augment import augment, sample_seed
+
+COARSE_FACTOR = 4
+SHARD_FOLDER = Path("shards")
+TABLES = Path("tables")
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Where a scan's arrays stand, and the moments of its T1w over the whole full-resolution grid."""
+
+    scan_id: str
+    database: str
+    site: str
+    place: str
+    shard: Path
+    row_group: int
+    mean: float
+    deviation: float
+    voxel_mm: float
+    label_sources: tuple[str, ...]
+
+    def t1w(self, factor: int = 1) -> np.ndarray:
+        """(D/f, H/f, W/f) uint8, max-pooled by ``factor``."""
+        return read_row(self.shard, self.row_group, [f"t1w_x{factor}"])[f"t1w_x{factor}"]
+
+    def classes(self, protocol: protocols.Protocol) -> np.ndarray:
+        """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
+        source = next(source for source in protocol.sources if source in self.label_sources)
+        ids = read_row(self.shard, self.row_group, [f"{source}_x1"])[f"{source}_x1"]
+        return protocol.classes_of(ids, where=f"{self.shard}, {self.scan_id}")
+
+    def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
+        """(C, D/f, H/f, W/f) float32: the share of each class in each block."""
+        name = f"{protocol.name}_x{factor}"
+        counts = read_row(self.shard, self.row_group, [name])
+        if name not in counts:
+            raise InputError(f"{self.shard}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
+        return counts[name].astype(np.float32) / factor**3
+
+
+def fold_scans(fold: int, role: str) -> list[Scan]:
+    """The scans that have ``role`` in ``fold``, by scan_id; from the tables below the current folder."""
+    return all_folds()[fold].get(role, [])
+
+
+def all_folds() -> dict[int, dict[str, list[Scan]]]:
+    """fold → role → scans."""
+    places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
+    samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
+    folds: dict[int, dict[str, list[Scan]]] = {}
+    for row in sorted(read_table(TABLES / "split.parquet", "split").to_pylist(), key=lambda row: (row["fold"], row["scan_id"])):
+        sample = samples.get(row["scan_id"])
+        if sample is None:
+            raise InputError(f"{TABLES / 'split.parquet'}: {row['scan_id']} is not in {TABLES / 'samples.parquet'}; run `python -m pipelines.split`")
+        scan = Scan(
+            scan_id=row["scan_id"], database=sample["database"], site=sample["site"], place=places[row["scan_id"]],
+            shard=shard_path(SHARD_FOLDER, sample), row_group=sample["row_group"], mean=sample["mean"], deviation=sample["deviation"],
+            voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
+        )  # fmt: skip
+        folds.setdefault(row["fold"], {}).setdefault(row["role"], []).append(scan)
+    return folds
+
+
+class SampleDataset(Dataset):
+    """One level of detail of a role's scans. Items are asked for as (epoch, index) and depend on nothing else.
+
+    Level ``coarse``: the T1w max-pooled by 4 and class fractions (C, d, h, w) float32, from the coarse columns alone. Level ``fine``: the
+    full grid and classes (D, H, W) int64. The image is (1, …) float32, z-scored with the moments of the full-resolution volume.
+    """
+
+    def __init__(self, scans: list[Scan], *, level: Literal["coarse", "fine"], protocol: str, augmentation: str = "none", seed: int = 0) -> None:
+        self.scans, self.level, self.augmentation, self.seed = scans, level, augmentation, seed
+        self.protocol = protocols.load(protocol)
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key
+        scan = self.scans[index]
+        factor = COARSE_FACTOR if self.level == "coarse" else 1
+        raw = scan.t1w(factor)
+        target = scan.fractions(self.protocol, factor) if self.level == "coarse" else scan.classes(self.protocol)
+        seed = sample_seed(self.seed, epoch, scan.scan_id)
+        image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=self.protocol.mirrored())
+        # what augmentation did to the moments of this level, it is taken to have done to those of the full grid
+        mean = scan.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
+        deviation = scan.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
+        image = (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+        target = target if self.level == "coarse" else target.astype(np.int64)
+        return {"image": torch.from_numpy(np.ascontiguousarray(image))[None], "target": torch.from_numpy(np.ascontiguousarray(target))}
+
+
+class EpochOrder(Sampler[tuple[int, int]]):
+    """The (epoch, index) of an epoch's samples: every scan once, or sites balanced by a temperature.
+
+    With temperature 1 an epoch is a permutation; towards 0 scans are drawn so that every site comes equally often (a site with share s
+    of the scans gets a share proportional to s**temperature).
+    """
+
+    def __init__(self, scans: list[Scan], *, seed: int, temperature: float = 1.0, shuffle: bool = True) -> None:
+        self.scans, self.seed, self.temperature, self.shuffle, self.epoch = scans, seed, temperature, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        if not self.shuffle:
+            return iter([(0, index) for index in range(len(self.scans))])
+        sites = [(scan.database, scan.site) for scan in self.scans]
+        return iter([(self.epoch, int(index)) for index in epoch_order(sites, self.seed, self.epoch, self.temperature)])
+
+
+def epoch_order(sites: list, seed: int, epoch: int, temperature: float) -> np.ndarray:
+    """Indices of one epoch, a pure function of its arguments.
+
+    >>> sorted(epoch_order(["a", "a", "b"], 0, 3, 1.0).tolist())
+    [0, 1, 2]
+    >>> many = ["a"] * 90 + ["b"] * 10
+    >>> int((epoch_order(many, 0, 0, 1e-6) >= 90).sum())     # site b: half of the draws
+    50
+    """
+    generator = np.random.default_rng([seed, epoch])
+    if temperature == 1.0:
+        return generator.permutation(len(sites))
+    counts = Counter(sites)
+    weights = {site: n**temperature for site, n in counts.items()}
+    exact = {site: len(sites) * w / sum(weights.values()) for site, w in weights.items()}
+    wanted = {site: int(share) for site, share in exact.items()}
+    for site in sorted(exact, key=lambda site: (wanted[site] - exact[site], str(site)))[: len(sites) - sum(wanted.values())]:
+        wanted[site] += 1
+    drawn = []
+    for site, number in wanted.items():
+        own = np.array([index for index, other in enumerate(sites) if other == site])
+        rounds = [generator.permutation(own) for _ in range(-(-number // len(own)))]
+        drawn.append(np.concatenate(rounds)[:number] if rounds else own[:0])
+    return generator.permutation(np.concatenate(drawn))

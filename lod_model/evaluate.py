@@ -1,0 +1,203 @@
+"""Stage *evaluate*: every trained fold on its unseen people and held-out places → ``tables/results.parquet``.
+
+Beside each network stand the majority-label atlas of the fold's training scans, as the floor that a network must beat, and any
+reference weights of ``params.yaml``. Scores are on the shards' grid, prediction as ``lodbrain segment`` makes it. Rows whose weights,
+split and data stand already are kept. The worst held-out cases go to ``tables/cases/`` for the report.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing, sha256
+from data_registry.params import Params, fingerprint, load_params
+from data_registry.schema import RESULTS, read_table, table_metadata, write_table
+from lod_model import metrics
+from lod_model.data import TABLES, Scan, all_folds
+from lod_model.tracking import Tracker
+from lod_model.train import fold_folder
+
+log = logging.getLogger("lodbrain.evaluate")
+RESULTS_TABLE = TABLES / "results.parquet"
+CASES = TABLES / "cases"
+TEST_ROLES = ("internal_test", "external_test")
+WORST_CASES = 6
+RECIPE_VERSION = 1
+"""Part of the table's identity; raise it when a change of code changes a score."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing that predicts: a fold's weights, a fold's atlas, or reference weights under a fold's roles."""
+
+    run: str
+    network: str
+    seed: int | None
+    fold: int
+    hash: str
+    predict: Callable[[Scan], np.ndarray]
+    """Scan → (D, H, W) uint8 classes on the shard's grid."""
+
+
+def main() -> None:
+    """Score all runs of ``params.yaml``."""
+    params, folds = load_params(), all_folds()
+    split_hash = table_metadata(TABLES / "split.parquet")["split_hash"]
+    identity = fingerprint(RECIPE_VERSION, params.evaluate, params.train.protocol, split_hash, sha256(TABLES / "samples.parquet"))
+    kept = _kept_rows(identity)
+    contenders = [contender for fold, roles in folds.items() for contender in _contenders(params, fold, roles)]
+    rows: list[dict] = []
+    columns = (TextColumn("evaluate {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task("", total=sum(len(folds[c.fold].get(role, [])) for c in contenders for role in TEST_ROLES))
+        for contender in contenders:
+            progress.update(bar, description=f"{contender.run} fold {contender.fold}")
+            for role in TEST_ROLES:
+                for scan in folds[contender.fold].get(role, []):
+                    key = (contender.run, contender.fold, contender.hash, role, scan.scan_id)
+                    rows += kept.get(key) or _score(contender, role, scan, params.train.protocol, split_hash)
+                    progress.advance(bar)
+    if not rows:
+        raise InputError(f"{TABLES / 'split.parquet'}: no scan is held out; the split needs external_test or internal_test scans")
+    _write_cases(rows, {(c.run, c.fold): c for c in contenders}, folds, params.train.protocol)
+    write_table(RESULTS_TABLE, "results", rows, metadata={"identity": identity, "split_hash": split_hash})
+    _track(rows, params)
+    log.info("%s: %d rows", RESULTS_TABLE, len(rows))
+    for run, role, score in summary(rows):
+        log.info("%s: mean Dice %s %.3f", run, role, score)
+
+
+def summary(rows: list[dict]) -> Iterator[tuple[str, str, float]]:
+    """(run, role, mean Dice over scans and structures), for each run and test role that has scans."""
+    for run in dict.fromkeys(row["run"] for row in rows):
+        for role in TEST_ROLES:
+            values = [row["value"] for row in rows if (row["run"], row["role"], row["metric"]) == (run, role, "dice") and row["value"] is not None]
+            if values:
+                yield run, role, float(np.mean(values))
+
+
+def _kept_rows(identity: str) -> dict[tuple, list[dict]]:
+    """Rows of the table that stands, by what they are of, if it was made under the same settings from the same data."""
+    kept: dict[tuple, list[dict]] = {}
+    if RESULTS_TABLE.is_file() and table_metadata(RESULTS_TABLE).get("identity") == identity:
+        for row in read_table(RESULTS_TABLE, "results").to_pylist():
+            kept.setdefault((row["run"], row["fold"], row["weights_hash"], row["role"], row["scan_id"]), []).append(row)
+    return kept
+
+
+def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iterator[Contender]:
+    from lod_model import weights
+
+    for network in params.networks:
+        run = params.run_name(network)
+        path = fold_folder(run, fold) / "weights.pt"
+        if not (path.parent / "fold.json").is_file():
+            raise InputError(f"{path.parent}: fold {fold} of {run} is not trained; run `python -m lod_model.train --network {network}`")
+        yield _network_contender(weights.load(path), run, params.train.seed, fold, params)
+    atlas = metrics.majority_atlas(scan.classes(protocols.load(params.train.protocol)) for scan in roles["train"])
+    name = f"atlas-{params.experiment}-{params.train.seed}"
+    yield Contender(name, "atlas", None, fold, fingerprint(atlas.tobytes().hex()), lambda _scan: atlas)
+    for path in map(Path, params.evaluate.reference_weights):
+        reference = weights.load(path)
+        if (reference.grid, reference.protocol) != (params.harmonise.grid, params.train.protocol):
+            raise InputError(
+                f"{path}: weights for grid {reference.grid} and protocol {reference.protocol}; "
+                f"this project's are {params.harmonise.grid} and {params.train.protocol} (evaluate.reference_weights)"
+            )
+        yield _network_contender(reference, f"reference-{path.stem}", None, fold, params)
+
+
+def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Params) -> Contender:
+    from lod_model.postprocess import postprocess
+    from lod_model.predict import predict
+
+    def classes(scan: Scan) -> np.ndarray:
+        probabilities = predict(loaded.network, scan.t1w(), mean=scan.mean, deviation=scan.deviation, threads=params.resources.threads)
+        return postprocess(probabilities, method=params.evaluate.postprocess).argmax(axis=0).astype(np.uint8)
+
+    return Contender(run, loaded.name, seed, fold, loaded.hash, classes)
+
+
+def _score(contender: Contender, role: str, scan: Scan, protocol_name: str, split_hash: str) -> list[dict]:
+    """The rows of one scan: Dice, HD95 (mm), predicted and reference volume (mL) of every structure."""
+    table = protocols.load(protocol_name)
+    reference, predicted = scan.classes(table), contender.predict(scan)
+    voxel_ml = scan.voxel_mm**3 / 1000
+    figures = {
+        ("dice", "1"): metrics.dice(reference, predicted, table.classes),
+        ("hd95", "mm"): metrics.hd95(reference, predicted, table.classes, voxel_mm=(scan.voxel_mm,) * 3),
+        ("volume", "mL"): metrics.volumes_ml(predicted, table.classes, voxel_ml=voxel_ml),
+        ("reference_volume", "mL"): metrics.volumes_ml(reference, table.classes, voxel_ml=voxel_ml),
+    }
+    common = {
+        "run": contender.run, "network": contender.network, "protocol": protocol_name, "seed": contender.seed, "fold": contender.fold, "role": role,
+        "scan_id": scan.scan_id, "database": scan.database, "site": scan.site, "place": scan.place,
+        "split_hash": split_hash, "weights_hash": contender.hash,
+    }  # fmt: skip
+    assert set(common) | {"structure", "metric", "value", "unit"} == set(RESULTS.names)
+    return [
+        {**common, "structure": structure, "metric": metric, "value": None if np.isnan(value) else float(value), "unit": unit}
+        for (metric, unit), values in figures.items()
+        for structure, value in zip(table.foreground, values, strict=True)
+    ]
+
+
+def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender], folds: dict, protocol_name: str) -> None:
+    """Arrays of the worst held-out scans of each trained run, predicted once more; the folder holds these and nothing else."""
+    shutil.rmtree(CASES, ignore_errors=True)
+    CASES.mkdir(parents=True)
+    scores: dict[tuple, list[float]] = {}
+    for row in rows:
+        if row["metric"] == "dice" and row["role"] == "external_test" and row["network"] != "atlas":
+            scores.setdefault((row["run"], row["fold"], row["scan_id"]), []).append(row["value"] or 0.0)
+    for run in dict.fromkeys(key[0] for key in scores):
+        worst = sorted((float(np.mean(values)), key) for key, values in scores.items() if key[0] == run)[:WORST_CASES]
+        for rank, (score, (_, fold, scan_id)) in enumerate(worst):
+            scan = next(scan for scan in folds[fold]["external_test"] if scan.scan_id == scan_id)
+            with replacing(CASES / f"{run}-{rank}.npz") as aside, open(aside, "wb") as handle:
+                np.savez_compressed(
+                    handle, t1w=scan.t1w(), reference=scan.classes(protocols.load(protocol_name)), predicted=contenders[run, fold].predict(scan),
+                    scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score, voxel_mm=scan.voxel_mm,
+                )  # fmt: skip
+
+
+def _track(rows: list[dict], params: Params) -> None:
+    """Mean Dice and HD95 into the fold's and the network's MLflow runs: a score a role, and one a structure for held-out places."""
+    tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
+    for network in params.networks:
+        run = params.run_name(network)
+        own = [row for row in rows if row["run"] == run]
+        folds = sorted({row["fold"] for row in own})
+        identity = json.loads((fold_folder(run, folds[0]) / "fold.json").read_text(encoding="utf-8"))["fingerprint"][:16]
+        parent = tracker.run(f"{run}/{identity}", name=run)
+        tracker.metrics(parent, _figures(own))
+        tracker.finish(parent)
+        for fold in folds:
+            child = tracker.run(f"{run}/{identity}/{fold}", name=f"{run}-fold-{fold}", parent=parent)
+            tracker.metrics(child, _figures([row for row in own if row["fold"] == fold]))
+            tracker.finish(child)
+
+
+def _figures(rows: list[dict]) -> dict[str, float]:
+    """Names and values of the scalars that MLflow compares."""
+    figures: dict[str, list[float]] = {}
+    for row in rows:
+        if row["metric"] in ("dice", "hd95") and row["value"] is not None:
+            role = row["role"].removesuffix("_test")
+            figures.setdefault(f"{role}_{row['metric']}", []).append(row["value"])
+            if role == "external":
+                figures.setdefault(f"{role}_{row['metric']}_{row['structure'].replace(' ', '_')}", []).append(row["value"])
+    return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,45 @@
+"""One stage of progressive training as a Lightning module: which level is trained, on which loss, with which optimiser."""
+
+from typing import Literal
+
+import torch
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+
+from data_registry.params import Train
+from lod_model.data import COARSE_FACTOR
+from lod_model.losses import block_dice_loss, dice_loss
+
+
+class StageModule(LightningModule):
+    """Trains ``network`` on one level of detail with the paper's Dice and, where the network has one, its L2 penalty.
+
+    ``coarse``: images (B, 1, d, h, w) max-pooled by 4, targets (B, C, d, h, w) class fractions; the loss is that of the full-resolution
+    volume, computed on blocks. ``fine``: images (B, 1, D, H, W), targets (B, D, H, W) classes.
+    """
+
+    def __init__(self, network: nn.Module, *, level: Literal["coarse", "fine"], settings: Train) -> None:
+        super().__init__()
+        self.network, self.level, self.settings = network, level, settings
+        self.stage = settings.coarse if level == "coarse" else settings.fine
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """1 − mean soft Dice over all channels, per scan, then averaged."""
+        if self.level == "coarse":
+            return block_dice_loss(self.network.forward_coarse(batch["image"]), batch["target"], COARSE_FACTOR**3)
+        return dice_loss(self.network(batch["image"]), batch["target"])
+
+    def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
+        loss = self.loss(batch)
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(batch["image"]))
+        return loss + self.network.l2() if hasattr(self.network, "l2") else loss
+
+    def validation_step(self, batch: dict[str, Tensor], _index: int) -> None:
+        loss = self.loss(batch)
+        self.log_dict({"val_loss": loss, "val_dice": 1 - loss}, on_step=False, on_epoch=True, batch_size=len(batch["image"]))
+
+    def configure_optimizers(self) -> dict:
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        optimiser = torch.optim.Adam(parameters, lr=self.stage.learning_rate, betas=(0.9, 0.999))
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.25, patience=self.settings.reduce_patience, min_lr=1e-7)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss", "strict": False}}

@@ -1,0 +1,405 @@
+"""The report stage: results, split and data → one HTML file that opens offline, and the tables behind it as TSV.
+
+Reads ``tables/`` (results, scans, samples, split as Parquet, ``split.json``, ``cases/*.npz``), writes ``reports/``. How figures are
+combined, stated once:
+
+- A scan scored in several folds (an unseen person of training places in more than one) counts once, with its mean over those folds.
+- The mean of structures is per scan, over the structures that are defined there; it is called ``mean`` beside the structures' names.
+- Internal beside external compares the same scans: scored when their place was held out, and when other places were. A person with
+  several scans is one pair of the test (Wilcoxon signed-rank, two-sided; Benjamini–Hochberg over the structures of a run).
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing
+from data_registry.params import Params, load_params
+from data_registry.schema import read_table
+from lod_model import report_figures as figures
+from lod_model.report_figures import MEAN
+
+ATLAS = "atlas"
+"""Name of the network that stands for the majority-label atlas of a fold's training scans."""
+MAX_CASES = 8
+ROLES = ("train", "val", "internal_test", "external_test", "excluded")
+_KEYS = ["run", "role", "scan_id", "place", "structure"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the report reads."""
+
+    results: pd.DataFrame
+    scans: pd.DataFrame
+    samples: pd.DataFrame
+    split: pd.DataFrame
+    proof: dict
+    """``split.json``: split_hash, key, folds, proof, notes."""
+    cases: tuple[Path, ...]
+
+
+def main() -> None:
+    """Write the report of the project in the current folder."""
+    path = write_report(Path(), load_params())
+    print(f"report: {path}")
+
+
+def write_report(folder: Path, params: Params) -> Path:
+    """Write ``reports/`` below ``folder`` from its ``tables/``; the path of the HTML file.
+
+    Raises :class:`InputError` for a missing table, a table without results, and results of another split than the one that stands there.
+    """
+    inputs = load_inputs(folder)
+    scores = per_scan(inputs.results)
+    runs = describe_runs(inputs, scores, params)
+    pairs = internal_external(scores, inputs.scans)
+    tables = {
+        "dice_by_place": dice_by_place(scores["dice"]),
+        "internal_external": pairs.drop(columns="person"),
+        "folds": fold_table(inputs.split, inputs.proof),
+        "quarantine": quarantine(inputs.scans, inputs.samples, inputs.split),
+    }
+    for name, table in tables.items():
+        with replacing(folder / "reports" / f"{name}.tsv") as aside:
+            table.to_csv(aside, sep="\t", index=False, na_rep="n/a", float_format="%.6g")
+    path = folder / "reports" / "report.html"
+    with replacing(path) as aside:
+        aside.write_text(_html(inputs, scores, runs, pairs, tables, params), encoding="utf-8")
+    return path
+
+
+def load_inputs(folder: Path) -> Inputs:
+    """Read everything the report needs; refuse what is missing or does not belong together."""
+    tables = folder / "tables"
+    results = read_table(tables / "results.parquet", "results").to_pandas()
+    scans = read_table(tables / "scans.parquet", "scans").drop_columns(["labels"]).to_pandas()
+    samples = read_table(tables / "samples.parquet", "samples").select(["scan_id", "database", "site", "status", "reason"]).to_pandas()
+    split = read_table(tables / "split.parquet", "split").to_pandas()
+    if results.empty:
+        raise InputError(f"{tables / 'results.parquet'}: no rows; scores of at least one scan are wanted (run the evaluate stage)")
+    path = tables / "split.json"
+    try:
+        proof = json.loads(path.read_text(encoding="utf-8"))
+        split_hash = proof["split_hash"]
+        _ = [(fold["fold"], fold["held_out"]) for fold in proof["folds"]], [(row["fold"], row["guard"], row["overlaps"]) for row in proof["proof"]]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; the split's hash and proof are wanted (run the split stage)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the split's hash, folds and proof ({error!r}); run the split stage again") from None
+    for other in sorted(set(results.split_hash) - {split_hash}):
+        raise InputError(f"{tables / 'results.parquet'}: scores of split {other[:12]}; those of split {split_hash[:12]} are wanted (run evaluate again)")
+    return Inputs(results, scans, samples, split, proof, tuple(sorted((tables / "cases").glob("*.npz"))))
+
+
+def per_scan(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By metric, one row a run × role × scan × structure: the mean over folds; Dice also has the mean of structures."""
+    frames = {}
+    for metric in ("dice", "hd95", "volume", "reference_volume"):
+        frames[metric] = results[results.metric == metric].groupby(_KEYS, sort=False, as_index=False).agg(value=("value", "mean"), folds=("fold", "nunique"))
+    dice = frames["dice"]
+    mean = dice.groupby(_KEYS[:-1], sort=False, as_index=False).agg(value=("value", "mean"), folds=("folds", "max")).assign(structure=MEAN)
+    frames["dice"] = pd.concat([mean, dice], ignore_index=True)
+    return frames
+
+
+def dice_by_place(dice: pd.DataFrame) -> pd.DataFrame:
+    """Dice of the scans of held-out places: run, place, structure, median, mean, n (scans where it is defined)."""
+    external = dice[dice.role == "external_test"]
+    figures_of = external.groupby(["run", "place", "structure"], sort=False).value
+    return figures_of.agg(median="median", mean="mean", n="count").reset_index().sort_values(["run", "place"], kind="stable", ignore_index=True)
+
+
+def internal_external(scores: dict[str, pd.DataFrame], scans: pd.DataFrame) -> pd.DataFrame:
+    """Scans scored both ways: run, scan_id, person, place, structure, internal, external, difference (external − internal), internal_folds."""
+    dice = scores["dice"]
+    internal = dice[dice.role == "internal_test"].rename(columns={"value": "internal", "folds": "internal_folds"})
+    external = dice[dice.role == "external_test"].rename(columns={"value": "external"})
+    both = external.drop(columns=["role", "folds"]).merge(internal[["run", "scan_id", "structure", "internal", "internal_folds"]])
+    both = both.dropna(subset=["internal", "external"]).merge(scans[["scan_id", "person"]], how="left")
+    both["person"] = both.person.fillna(both.scan_id)
+    both["difference"] = both.external - both.internal
+    return both[["run", "scan_id", "person", "place", "structure", "internal", "external", "difference", "internal_folds"]]
+
+
+def paired_tests(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Of one run, by structure: scans, people, medians, median difference and its quartiles, p, and p adjusted over the structures.
+
+    p is NaN where no difference is other than 0. The mean of structures is one question of its own and is not adjusted.
+    """
+    from scipy import stats
+
+    rows = []
+    for structure, group in pairs.groupby("structure", sort=False):
+        by_person = group.groupby("person").difference.mean()
+        p = float(stats.wilcoxon(by_person).pvalue) if (by_person != 0).any() else np.nan
+        low, high = group.difference.quantile([0.25, 0.75])
+        rows.append({"structure": structure, "scans": len(group), "people": len(by_person), "internal": group.internal.median(),
+                     "external": group.external.median(), "difference": group.difference.median(), "low": low, "high": high, "p": p})  # fmt: skip
+    table = pd.DataFrame(rows, columns=["structure", "scans", "people", "internal", "external", "difference", "low", "high", "p"])
+    asked = (table.structure != MEAN) & table.p.notna()
+    table["p_adjusted"] = np.nan
+    if asked.any():
+        table.loc[asked, "p_adjusted"] = stats.false_discovery_control(table.p[asked])
+    return table
+
+
+def beside_atlas(dice: pd.DataFrame, run: str, atlas: str) -> pd.DataFrame:
+    """Mean Dice of a run and of the atlas by held-out place, over the scans that both scored: place, run, atlas, scans."""
+    external = dice[(dice.role == "external_test") & (dice.structure == MEAN)]
+    mine, floor = (external[external.run == name][["scan_id", "place", "value"]] for name in (run, atlas))
+    both = mine.merge(floor, on=["scan_id", "place"], suffixes=("_run", "_atlas")).dropna()
+    return both.groupby("place", as_index=False).agg(run=("value_run", "mean"), atlas=("value_atlas", "mean"), scans=("scan_id", "size"))
+
+
+def fold_table(split: pd.DataFrame, proof: dict) -> pd.DataFrame:
+    """A row a fold: what is held out, scans in each role (counted in the split's table), notes."""
+    notes = {fold["fold"]: fold for fold in proof["folds"]}
+    rows = []
+    for fold, group in split.groupby("fold"):
+        said = notes.get(fold, {"held_out": sorted(group[group.role == "external_test"].group.unique())})
+        counts = group.role.value_counts()
+        rows.append({"fold": fold, "held_out": ", ".join(said["held_out"]), **{role: int(counts.get(role, 0)) for role in ROLES},
+                     "notes": "; ".join(said.get("notes", []))})  # fmt: skip
+    return pd.DataFrame(rows, columns=["fold", "held_out", *ROLES, "notes"])
+
+
+def quarantine(scans: pd.DataFrame, samples: pd.DataFrame, split: pd.DataFrame) -> pd.DataFrame:
+    """Every scan that no fold uses: scan_id, database, site, the stage that set it aside, reason."""
+    index = scans[scans.reason.notna()].assign(stage="index")
+    harmonise = samples[(samples.status != "ok") & ~samples.scan_id.isin(index.scan_id)].assign(stage="harmonise")
+    known = {*index.scan_id, *samples.scan_id}
+    absent = scans[~scans.scan_id.isin(known)].assign(stage="harmonise", reason="no sample was made of it")
+    usable = samples[(samples.status == "ok") & ~samples.scan_id.isin(index.scan_id)]
+    used = set(split[split.role != "excluded"].scan_id)
+    why = split[split.role == "excluded"].dropna(subset=["reason"]).drop_duplicates("scan_id").set_index("scan_id").reason
+    unused = usable[~usable.scan_id.isin(used)].assign(stage="split")
+    unused["reason"] = unused.scan_id.map(why).fillna("no role in any fold")
+    columns = ["scan_id", "database", "site", "stage", "reason"]
+    table = pd.concat([part[columns] for part in (index, harmonise, absent, unused)], ignore_index=True)
+    table["reason"] = table.reason.fillna("no reason given").map(lambda reason: " ".join(reason.split()))
+    return table.sort_values("scan_id", ignore_index=True)
+
+
+def site_table(inputs: Inputs, unused: pd.DataFrame) -> pd.DataFrame:
+    """A row a site: place, scans, people, ages (years), field strengths (T), manufacturers, scans used and set aside."""
+    scans = inputs.scans.assign(unused=inputs.scans.scan_id.isin(unused.scan_id))
+    rows = []
+    for (database, site), group in scans.groupby(["database", "site"]):
+        ages = group.age_years.dropna()
+        rows.append({
+            "database": database, "site": site, "place": ", ".join(sorted(group.place.dropna().unique())), "scans": len(group),
+            "people": group.person.fillna(group.scan_id).nunique(), "used": int((~group.unused).sum()), "unused": int(group.unused.sum()),
+            "age_years": f"{ages.min():.0f}–{ages.max():.0f}" if len(ages) else "", "maker": ", ".join(sorted(group.manufacturer.dropna().unique())),
+            "field": ", ".join(f"{tesla:g}" for tesla in sorted(group.field_strength_tesla.dropna().unique())),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def describe_runs(inputs: Inputs, scores: dict[str, pd.DataFrame], params: Params) -> list[dict]:
+    """What each run is and how it did on held-out places, the run the report speaks of first, baselines last.
+
+    That run is the first of ``networks`` in the settings that has results, else a trained one, else what there is.
+    """
+    wanted = [params.run_name(network) for network in params.networks]
+    runs = []
+    for run, rows in inputs.results.groupby("run"):
+        network = rows.network.iloc[0]
+        kind = "baseline" if network == ATLAS else "reference weights" if rows.seed.isna().all() else "trained"
+        order = (("trained", "reference weights", "baseline").index(kind), wanted.index(run) if run in wanted else len(wanted), run)
+        hashes = rows.drop_duplicates("fold").sort_values("fold")[["fold", "weights_hash"]].to_dict("records")
+        runs.append({"run": run, "network": network, "protocol": rows.protocol.iloc[0], "kind": kind, "order": order, "weights": hashes})
+    expected = inputs.split[inputs.split.role == "external_test"].scan_id.nunique()
+    pairs = internal_external(scores, inputs.scans)
+    for run in runs:
+        dice = scores["dice"][(scores["dice"].run == run["run"]) & (scores["dice"].structure == MEAN)].dropna(subset=["value"])
+        external, internal = dice[dice.role == "external_test"], dice[dice.role == "internal_test"]
+        paired = paired_tests(pairs[(pairs.run == run["run"]) & (pairs.structure == MEAN)])
+        same = pairs[(pairs.run == run["run"]) & (pairs.structure == MEAN)]
+        hd95 = scores["hd95"][(scores["hd95"].run == run["run"]) & (scores["hd95"].role == "external_test")]
+        atlas = next((other["run"] for other in runs if other["kind"] == "baseline" and other["protocol"] == run["protocol"]), None)
+        places = beside_atlas(scores["dice"], run["run"], atlas) if atlas and run["kind"] != "baseline" else pd.DataFrame()
+        run.update(
+            external=external.value.mean(), external_sd=external.value.std(), external_scans=len(external), expected=expected,
+            places=external.place.nunique(), internal=internal.value.mean(), internal_scans=len(internal),
+            difference=same.difference.mean(), pairs=len(same), p=paired.p.iloc[0] if len(paired) else np.nan,
+            hd95=hd95.value.median(), atlas=atlas if len(places) else None, places_compared=len(places),
+            not_better=list(places[places.run <= places.atlas].place) if len(places) else [], beside_atlas=places.to_dict("records"),
+        )  # fmt: skip
+    return sorted(runs, key=lambda run: run["order"])
+
+
+def verdict(run: dict) -> str:
+    """One sentence: how the run does at held-out places, on unseen people of training places, and beside the atlas."""
+    said = f"{run['run']} reaches a mean Dice of {run['external']:.3f} on {run['external_scans']} scans of {run['places']} held-out places"
+    if run["external_scans"] < run["expected"]:
+        said += f" ({run['expected'] - run['external_scans']} more have no score)"
+    if run["internal_scans"]:
+        said += f" and {run['internal']:.3f} on {run['internal_scans']} scans of unseen people at training places"
+    else:
+        said += "; no scan was scored as an unseen person of a training place"
+    if run["kind"] == "reference weights":
+        said += " (the same weights both times)"
+    elif run["pairs"]:
+        said += f"; for the {run['pairs']} scans scored both ways the mean difference is {signed(run['difference'])} (p {p_value(run['p'])})"
+    if run["kind"] == "baseline":
+        return said + "; it is itself the majority-label atlas."
+    if not run["atlas"]:
+        return said + "; there is no majority-label atlas to compare it with."
+    better = run["places_compared"] - len(run["not_better"])
+    if not run["not_better"]:
+        return said + f"; it beats the majority-label atlas at every place ({better} of {run['places_compared']})."
+    return said + f"; it beats the majority-label atlas at {better} of {run['places_compared']} places, not at {', '.join(run['not_better'])}."
+
+
+def _run_section(run: dict, scores: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> dict:
+    """Figures and tables of one run."""
+    colours = _colours(run["protocol"])
+    external = {name: frame[(frame.run == run["run"]) & (frame.role == "external_test")] for name, frame in scores.items()}
+    dice, hd95 = external["dice"], external["hd95"]
+    panels = figures.panel_names(dice.groupby("structure", sort=False).value.median(), worst_is_low=True)
+    section = {"run": run, "structures": dice.structure.nunique() - 1, "panels": len(panels) - 1, "dice_medians": _medians(dice)}
+    if len(dice):
+        floor = scores["dice"][(scores["dice"].run == run["atlas"]) & (scores["dice"].role == "external_test")] if run["atlas"] else None
+        section["dice_figure"] = figures.strip_by_place(dice, colours, panels=panels, label="Dice", baseline=floor)
+    mine = pairs[pairs.run == run["run"]]
+    if len(mine) and run["kind"] != "reference weights":
+        tests = paired_tests(mine)
+        by_name = tests.set_index("structure")
+        notes = {name: f"median {signed(row.difference)}\np {p_value(row.p if name == MEAN else row.p_adjusted)}" for name, row in by_name.iterrows()}
+        shown = [name for name in panels if name in by_name.index]
+        section["tests"] = tests.to_dict("records")
+        section["pairs_figure"] = figures.scatter_panels(
+            mine.rename(columns={"internal": "x", "external": "y"}), colours, panels=shown, notes=notes,
+            x_label="Dice, its place in training", y_label="Dice, its place held out")  # fmt: skip
+        section["differences_figure"] = figures.strip_of_differences(
+            mine.rename(columns={"difference": "value"}), colours, panels=shown, label="Dice held out − Dice with its place in training, same scan",
+            notes={name: note.replace("\n", ", ") for name, note in notes.items()})  # fmt: skip
+    if hd95.value.notna().any():
+        worst = figures.panel_names(hd95.groupby("structure", sort=False).value.median(), worst_is_low=False)
+        section["hd95_figure"] = figures.strip_by_place(hd95, colours, panels=worst, label="HD95, mm")
+        section["hd95_medians"] = _medians(hd95)
+    volumes = external["reference_volume"].rename(columns={"value": "x"}).merge(
+        external["volume"].rename(columns={"value": "y"})[["scan_id", "structure", "y"]]).dropna(subset=["x", "y"])  # fmt: skip
+    if len(volumes):
+        section["volumes"] = volume_bias(volumes)
+        notes = {row["structure"]: f"bias {signed(row['bias'], 1)} mL\n({signed(row['bias_percent'], 1)} %)" for row in section["volumes"]}
+        shown = [name for name in panels if name in notes]
+        section["volume_figure"] = figures.scatter_panels(volumes, colours, panels=shown, notes=notes, x_label="reference, mL", y_label="predicted, mL")
+    return section
+
+
+def volume_bias(volumes: pd.DataFrame) -> list[dict]:
+    """By structure: mean of predicted − reference (mL), the same as a share of the mean reference (%), 1.96 SD (mL), correlation, scans."""
+    rows = []
+    for structure, group in volumes.groupby("structure", sort=False):
+        difference = group.y - group.x
+        varies = len(group) > 2 and group.x.std() > 0 and group.y.std() > 0
+        rows.append({"structure": structure, "scans": len(group), "reference": group.x.mean(), "predicted": group.y.mean(), "bias": difference.mean(),
+                     "bias_percent": 100 * difference.mean() / group.x.mean() if group.x.mean() else np.nan, "spread": 1.96 * difference.std(),
+                     "correlation": group.x.corr(group.y) if varies else np.nan})  # fmt: skip
+    return rows
+
+
+def _medians(frame: pd.DataFrame) -> dict:
+    """Median by place and structure for a table: structures, rows of (place, scans, values)."""
+    structures = list(dict.fromkeys(frame.structure))
+    wide = frame.groupby(["place", "structure"]).value.median().unstack().reindex(columns=structures)
+    scans = frame.groupby("place").scan_id.nunique()
+    return {"structures": structures, "rows": [(place, int(scans[place]), list(row)) for place, row in zip(wide.index, wide.to_numpy(), strict=True)]}
+
+
+def _colours(protocol: str) -> dict[str, str]:
+    """Hex colour by structure."""
+    table = protocols.load(protocol)
+    return {name: "#{:02x}{:02x}{:02x}".format(*rgb) for name, rgb in zip(table.class_names, table.colours, strict=True)}
+
+
+def _case_sections(inputs: Inputs, scores: dict[str, pd.DataFrame], runs: list[dict]) -> list[dict]:
+    """The worst stored cases, those of the first run first, each with its overlay and its scores by structure, worst first."""
+    protocol_of = {run["run"]: run["protocol"] for run in runs}
+    order = list(protocol_of)
+    loaded = [figures.load_case(path) for path in inputs.cases]
+    for case in loaded:
+        if case.run not in protocol_of:
+            log.warning("case of %s, run %s: the run has no results; the case is left out", case.scan_id, case.run)
+    cases = sorted((case for case in loaded if case.run in protocol_of), key=lambda case: (order.index(case.run), case.dice))
+    sections = []
+    for case in cases[:MAX_CASES]:
+        of_scan = {m: f[(f.run == case.run) & (f.scan_id == case.scan_id) & (f.role == "external_test")] for m, f in scores.items() if m in ("dice", "hd95")}
+        dice = of_scan["dice"][of_scan["dice"].structure != MEAN].sort_values("value")
+        hd95 = of_scan["hd95"].set_index("structure").value
+        sections.append({
+            "case": case, "image": figures.overlay(case, list(_colours(protocol_of[case.run]).values())),
+            "rows": [(row.structure, row.value, hd95.get(row.structure, np.nan)) for row in dice.itertuples()],
+            "colours": {k: v for k, v in list(_colours(protocol_of[case.run]).items())[1:]},
+        })  # fmt: skip
+    return sections
+
+
+def _html(inputs: Inputs, scores: dict, runs: list[dict], pairs: pd.DataFrame, tables: dict[str, pd.DataFrame], params: Params) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lod_model", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(number=number, signed=signed, p_value=p_value)
+    leaks = [row for row in inputs.proof["proof"] if row["overlaps"]]
+    guards = list(dict.fromkeys(row["guard"] for row in inputs.proof["proof"]))
+    return environment.get_template("report.html.j2").render(
+        experiment=params.experiment,
+        verdict=verdict(runs[0]),
+        runs=runs,
+        sections=[_run_section(run, scores, pairs) for run in runs if run["kind"] != "baseline" or len(runs) == 1],
+        cases=_case_sections(inputs, scores, runs),
+        stored_cases=len(inputs.cases),
+        split={"hash": inputs.proof["split_hash"], "key": inputs.proof.get("key", params.split.key), "notes": inputs.proof.get("notes", [])},
+        folds=tables["folds"].to_dict("records"),
+        leaks=leaks,
+        guards=guards,
+        proof={(row["guard"], row["fold"]): row for row in inputs.proof["proof"]},
+        sites=site_table(inputs, tables["quarantine"]).to_dict("records"),
+        quarantine=tables["quarantine"].to_dict("records"),
+        settings=yaml.safe_dump(params.model_dump(mode="json", exclude={"resources"}), sort_keys=False, allow_unicode=True),
+        mean=MEAN,
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table, a dash where it is not defined.
+
+    >>> number(0.91249), number(float("nan")), number(1234.5, 0)
+    ('0.912', '–', '1,234')
+    """
+    return "–" if value is None or not np.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign.
+
+    >>> signed(-0.0121), signed(0.5, 1), signed(-0.0001)
+    ('−0.012', '+0.5', '0.000')
+    """
+    text = number(abs(value), digits)
+    return text if text == "–" or not float(text.replace(",", "")) else ("−" if value < 0 else "+") + text
+
+
+def p_value(value: float) -> str:
+    """A p value with its relation.
+
+    >>> p_value(0.0312), p_value(0.00001), p_value(float("nan"))
+    ('= 0.031', '< 0.001', 'not defined')
+    """
+    return "not defined" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,218 @@
+"""Stage *train*: one network on every fold of the split, level by level → ``checkpoints/<run>/fold-<k>/weights.pt``.
+
+A fold is finished when its ``fold.json`` stands, written last with the fingerprint of all that the result depends on; finished folds
+are skipped, a stopped one resumes at its last epoch. The choice of a checkpoint and the end of a stage see validation scans only.
+"""
+
+import argparse
+import json
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_registry import protocol
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing, sha256
+from data_registry.params import Params, fingerprint, load_params
+from data_registry.schema import table_metadata
+from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, all_folds
+from lod_model.tracking import Tracker
+
+log = logging.getLogger("lodbrain.train")
+CHECKPOINTS = Path("checkpoints")
+RECIPE_VERSION = 1
+"""Part of every fold's fingerprint; raise it when a change of code changes what a training gives."""
+
+
+def main() -> None:
+    """Train ``--network`` on all folds, or on ``--fold``."""
+    parser = argparse.ArgumentParser(prog="python -m lod_model.train", description=main.__doc__)
+    parser.add_argument("--network", required=True, help="a name from `lodbrain networks`")
+    parser.add_argument("--fold", type=int, help="one fold only")
+    arguments = parser.parse_args()
+    params = load_params()
+    folds = all_folds()
+    if arguments.fold is not None and arguments.fold not in folds:
+        raise InputError(f"--fold {arguments.fold}: the split has folds {', '.join(map(str, folds))}")
+    train(arguments.network, params, {k: v for k, v in folds.items() if arguments.fold in (None, k)})
+
+
+def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]]) -> None:
+    """Train the folds that are not finished; all go into one MLflow run with a child a fold."""
+    run = params.run_name(network)
+    split_hash, data_hash = table_metadata(TABLES / "split.parquet")["split_hash"], sha256(TABLES / "samples.parquet")
+    identity = fingerprint(RECIPE_VERSION, network, params.train, params.harmonise.grid, split_hash, data_hash)
+    todo = {fold: roles for fold, roles in folds.items() if _finished(run, fold) != identity}
+    log.info("%s: %d folds, %d to train", run, len(folds), len(todo))
+    if not todo:
+        return
+    tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
+    tags = {"split_hash": split_hash, "data_hash": data_hash, "network": network}
+    parent = tracker.run(f"{run}/{identity[:16]}", name=run, tags=tags)
+    tracker.params(parent, _flat(params))
+    epochs = params.train.coarse.epochs + params.train.fine.epochs
+    columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar = progress.add_task(run, total=epochs * len(todo), note="")
+        for done, (fold, roles) in enumerate(todo.items()):
+            child = tracker.run(f"{run}/{identity[:16]}/{fold}", name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
+            progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
+            _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=lambda note: progress.update(bar, advance=1, note=note))
+        progress.update(bar, completed=epochs * len(todo), note="")
+    tracker.finish(parent)
+
+
+def fold_folder(run: str, fold: int) -> Path:
+    """Where a fold's weights stand, below the current folder."""
+    return CHECKPOINTS / run / f"fold-{fold}"
+
+
+def _finished(run: str, fold: int) -> str | None:
+    """The fingerprint of a finished fold."""
+    path = fold_folder(run, fold) / "fold.json"
+    return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.is_file() else None
+
+
+def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[Scan]], identity: str, *, tracker: Tracker, child: str, tick) -> None:
+    """All stages of one fold, then its weights and, last, its ``fold.json``."""
+    if not roles.get("train"):
+        raise InputError(f"{TABLES / 'split.parquet'}: fold {fold} has no scan to train on")
+    folder = fold_folder(params.run_name(network), fold)
+    if not (folder / f"started-{identity}").is_file():  # leftovers of other settings
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / f"started-{identity}").touch()
+    from lod_model import weights
+
+    begin, stages = time.perf_counter(), {}
+    net, names = None, [level for level in ("coarse", "fine") if getattr(params.train, level).epochs]
+    for level in names:
+        net = _grown(network, level, net, params)
+        if net is None:
+            continue
+        stages[level] = _fit(net, level, params, fold, roles, folder, tracker=tracker, child=child, tick=tick)
+    net.eval()
+    provenance = {
+        "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity,
+        "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
+    }  # fmt: skip
+    weights.save(folder / "weights.pt", net, name=network, protocol=params.train.protocol, grid=params.harmonise.grid, provenance=provenance)
+    tracker.metrics(child, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})
+    tracker.finish(child)
+    for level in names:
+        shutil.rmtree(folder / level, ignore_errors=True)
+    (folder / f"started-{identity}").unlink()
+    with replacing(folder / "fold.json") as aside:
+        aside.write_text(json.dumps({"fingerprint": identity, **provenance, "stages": stages}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    summary = ", ".join(f"{level} {stage['epochs']} epochs, val Dice {stage['val_dice']:.3f}" for level, stage in stages.items())
+    log.info("%s fold %d: %s, %.0f s", params.run_name(network), fold, summary, time.perf_counter() - begin)
+
+
+def _grown(network: str, level: str, previous, params: Params):
+    """The network of a stage, holding what the stage before it learned; None for a coarse stage that the network does not have."""
+    import torch
+
+    from lod_model import networks
+
+    torch.manual_seed(params.train.seed)
+    config = {"classes": protocol.load(params.train.protocol).classes, **params.train.network}
+    if level == "coarse":
+        return networks.build_coarse(network, config)
+    net = networks.build(network, config)
+    if previous is not None:
+        networks.load_coarse(net, previous, freeze=params.train.freeze_coarse)
+    return net
+
+
+def _fit(net, level: str, params: Params, fold: int, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
+    """Fit one stage; the network ends with the weights of its best epoch. Returns epochs, best validation Dice and the history."""
+    import torch
+    from pytorch_lightning import Trainer, seed_everything
+    from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+    from torch.utils.data import DataLoader
+
+    from lod_model.module import StageModule
+
+    _quiet()
+    settings, resources = params.train, params.resources
+    if resources.threads:
+        torch.set_num_threads(resources.threads)
+    seed_everything(settings.seed, verbose=False)
+    loaders = {}
+    for role in ("train", "val"):
+        scans, training = roles.get(role, []), role == "train"
+        data = SampleDataset(
+            scans, level=level, protocol=settings.protocol, augmentation=settings.augmentation if training else "none", seed=settings.seed
+        )
+        order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training)
+        loaders[role] = DataLoader(data, sampler=order, batch_size=settings.batch_size, num_workers=resources.loader_workers)
+    best, history = ModelCheckpoint(folder / level, "best", monitor="val_dice", mode="max"), _History(tick, tracker, child, level)
+    last = ModelCheckpoint(folder / level, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
+    validated = bool(roles.get("val"))
+    callbacks = [history, last, *([best, EarlyStopping("val_loss", patience=settings.stop_patience)] if validated else [])]
+    trainer = Trainer(
+        max_epochs=getattr(settings, level).epochs, precision="32-true" if settings.precision == "32" else settings.precision, callbacks=callbacks,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+    )  # fmt: skip
+    resume = folder / level / "last.ckpt"
+    module = StageModule(net, level=level, settings=settings)
+    trainer.fit(module, loaders["train"], loaders["val"] if validated else None, ckpt_path=resume if resume.is_file() else None, weights_only=True)
+    chosen = best.best_model_path if validated and best.best_model_path else resume
+    module.load_state_dict(torch.load(chosen, weights_only=True)["state_dict"])
+    score = float(best.best_model_score) if validated and best.best_model_score is not None else float("nan")
+    return {"epochs": trainer.current_epoch, "val_dice": score, "history": history.rows}
+
+
+def _History(tick, tracker: Tracker, child: str, level: str):
+    """A Lightning callback that keeps each epoch's figures, sends them to MLflow and moves the progress bar."""
+    from pytorch_lightning import Callback
+
+    class History(Callback):
+        def __init__(self) -> None:
+            self.rows: list[dict] = []
+
+        def on_train_epoch_end(self, trainer, _module) -> None:
+            figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self.rows.append({"epoch": trainer.current_epoch, **figures})
+            tracker.metrics(child, {f"{level}_{name}": value for name, value in figures.items()}, step=trainer.current_epoch)
+            tick(f"{level} val Dice {figures.get('val_dice', float('nan')):.3f}")
+
+        def state_dict(self) -> dict:
+            return {"rows": self.rows}
+
+        def load_state_dict(self, state: dict) -> None:
+            self.rows = state["rows"]
+
+    return History()
+
+
+def _quiet() -> None:
+    """Lightning's advice about worker counts and its banner; errors still come through."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning|torch.optim.lr_scheduler")
+    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|log_every_n_steps|pin_memory).*")
+
+
+def _flat(params: Params) -> dict[str, object]:
+    """The settings as MLflow shows them: dotted keys; where things run is no setting."""
+    flat: dict[str, object] = {}
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", params.model_dump(mode="json", exclude={"resources", "index"}))
+    return flat
+
+
+if __name__ == "__main__":
+    run_stage(main)

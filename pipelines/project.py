@@ -1,0 +1,83 @@
+"""Set up a project folder and run the pipeline in it: what ``make demo`` does.
+
+``--demo``: build the synthetic sites of ``params.yaml`` in this checkout and run here. ``--data FOLDER``: make a project of its own
+below ``runs/`` for a folder of BIDS databases, with its own ``params.yaml``, tables, DVC state and MLflow store, and run there: no
+tracked file is edited and no other result touched. ``--no-run`` only sets up.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing
+from data_registry.params import load_params
+from pipelines.index import find_databases
+
+CHECKOUT = Path(__file__).parents[1]
+CODE = ("data_registry", "pipelines", "lod_model", "dvc.yaml")
+
+
+def main() -> None:
+    """Set up, reproduce, and end with where the results and the report are."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.project", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--demo", action="store_true", help="synthetic sites, in this checkout")
+    what.add_argument("--data", type=Path, help="a folder of BIDS databases, or one database")
+    parser.add_argument("--to", type=Path, help="the project's folder (default: runs/<name of DATA>-<hash of its path>)")
+    parser.add_argument("--no-run", action="store_true", help="set up only")
+    arguments = parser.parse_args()
+    folder = _demo_project() if arguments.demo else data_project(arguments.data, arguments.to)
+    if arguments.no_run:
+        print(f"project: {folder}")
+        return
+    print(f"running `dvc repro` in {folder}", flush=True)
+    status = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=_environment(), check=False).returncode
+    if status:
+        raise InputError(f"`dvc repro` in {folder} ended with status {status}; the reason stands above, finished work is kept")
+    print(f"results: {folder / 'tables' / 'results.parquet'}")
+    print(f"report: {folder / 'reports' / 'report.html'}")
+
+
+def _demo_project() -> Path:
+    from pipelines.demo import build_sites
+
+    params = load_params(CHECKOUT / "params.yaml")
+    build_sites(CHECKOUT / params.index.roots[0], workers=params.resources.workers)
+    return CHECKOUT
+
+
+def data_project(data: Path, to: Path | None = None) -> Path:
+    """A project folder for ``data``; one that stands keeps its settings. Raises :class:`InputError` if there is nothing to work on."""
+    data = data.resolve()
+    find_databases([data])
+    folder = (to or CHECKOUT / "runs" / f"{data.name}-{hashlib.sha256(str(data).encode()).hexdigest()[:6]}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in CODE:
+        link = folder / name
+        if not link.exists():
+            link.symlink_to(CHECKOUT / name)
+    if not (folder / "params.yaml").is_file():
+        settings = yaml.safe_load((CHECKOUT / "params.yaml").read_text(encoding="utf-8"))
+        settings["index"]["roots"] = [str(data)]
+        with replacing(folder / "params.yaml") as aside:
+            aside.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    if not (folder / ".dvc").is_dir():
+        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, env=_environment(), check=True)
+        for key in ("core.analytics", "core.check_update"):
+            subprocess.run([sys.executable, "-m", "dvc", "config", key, "false"], cwd=folder, env=_environment(), check=True)
+    return folder
+
+
+def _environment() -> dict[str, str]:
+    """This environment with this interpreter first on the PATH, since the stages call ``python``."""
+    return os.environ | {"DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
+if __name__ == "__main__":
+    run_stage(main)
