@@ -266,7 +266,8 @@ def _run_section(run: dict, scores: dict[str, pd.DataFrame], pairs: pd.DataFrame
     external = {name: frame[(frame.run == run["run"]) & (frame.role == "external_test")] for name, frame in scores.items()}
     dice, hd95 = external["dice"], external["hd95"]
     panels = figures.panel_names(dice.groupby("structure", sort=False).value.median(), worst_is_low=True)
-    section = {"run": run, "structures": dice.structure.nunique() - 1, "panels": len(panels) - 1, "dice_medians": _medians(dice)}
+    section = dict.fromkeys(["dice_figure", "tests", "pairs_figure", "differences_figure", "hd95_figure", "hd95_medians", "volumes", "volume_figure"])
+    section |= {"run": run, "structures": dice.structure.nunique() - 1, "panels": len(panels) - 1, "dice_medians": _medians(dice)}
     if len(dice):
         floor = scores["dice"][(scores["dice"].run == run["atlas"]) & (scores["dice"].role == "external_test")] if run["atlas"] else None
         section["dice_figure"] = figures.strip_by_place(dice, colours, panels=panels, label="Dice", baseline=floor)

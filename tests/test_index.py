@@ -1,0 +1,159 @@
+"""Index: who and where by the catalogue's rule, and one clear line for each way in which a database can be wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from data_registry.catalogue import Database, Site, SiteRule, load_database, unknown_database
+from data_registry.errors import InputError
+from data_registry.volume import save_volume
+from pipelines import index as stage
+
+
+def make_database(root, subjects=("01", "02"), participants="participant_id\tsite\tage\tsex\nsub-01\tA\t30\tF\nsub-02\tA\t41.5\tmale\n"):
+    for number, subject in enumerate(subjects):
+        anat = root / f"sub-{subject}" / "anat"
+        data = np.random.default_rng(number).integers(0, 200, (4, 4, 4)).astype(np.int16)
+        save_volume(anat / f"sub-{subject}_T1w.nii.gz", data, np.eye(4))
+        (anat / f"sub-{subject}_T1w.json").write_text(json.dumps({"Manufacturer": "Siemens", "MagneticFieldStrength": 3}))
+        save_volume(root / f"derivatives/freesurfer/sub-{subject}/mri/aseg.mgz", data % 2, np.eye(4))
+    (root / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    if participants:
+        (root / "participants.tsv").write_text(participants)
+    return root
+
+
+def catalogued(name="db", **changes) -> Database:
+    sites = {"A": Site(place="Place A", scanner="a1", manufacturer="GE", field_strength_tesla=1.5), "B": Site(place="Place B")}
+    return Database(**{"name": name, "title": name, "site_rule": SiteRule(participants="site"), "sites": sites} | changes)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def index_with(monkeypatch, database, root):
+    monkeypatch.setattr(stage, "find_database", lambda name: database)
+    return stage.index([root])
+
+
+def test_rows_of_a_catalogued_database(tmp_path, monkeypatch):
+    rows = index_with(monkeypatch, catalogued(), make_database(tmp_path / "db"))
+    assert [row["scan_id"] for row in rows] == ["db_sub-01", "db_sub-02"]
+    first, second = rows
+    assert (first["site"], first["place"], first["scanner"], first["person"]) == ("A", "Place A", "a1", "db/01")
+    assert (first["age_years"], first["sex"], second["age_years"], second["sex"]) == (30.0, "F", 41.5, "M")
+    assert (first["manufacturer"], first["field_strength_tesla"]) == ("Siemens", 3.0)  # the sidecar before the catalogue
+    assert [label["source"] for label in first["labels"]] == ["aseg"]
+    assert first["t1w_sha256"] != second["t1w_sha256"] and first["reason"] is None
+
+
+def test_unknown_database_is_one_site(tmp_path, caplog):
+    with caplog.at_level("INFO", "lodbrain"):
+        rows = stage.index([make_database(tmp_path / "pilot")])
+    assert {(row["site"], row["place"]) for row in rows} == {("pilot", "pilot")}
+    assert "not in the catalogue" in caplog.text
+    assert unknown_database("pilot").known is False
+
+
+def test_two_sites_for_one_subject(tmp_path, monkeypatch):
+    table = "participant_id\tsite\nsub-01\tA\nsub-01\tB\nsub-02\tA\n"
+    rows = index_with(monkeypatch, catalogued(), make_database(tmp_path / "db", participants=table))
+    assert "sub-01 stands in two sites (A and B)" in rows[0]["reason"]
+    assert rows[1]["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("participant_id\tsite\nsub-01\tA\n", "no site for sub-02 in column 'site'"),
+        ("participant_id\tsite\nsub-01\tA\nsub-02\tn/a\n", "no site for sub-02"),
+        ("participant_id\tsite\nsub-01\tA\nsub-02\tZ\n", "site 'Z' .* is not in the catalogue; one of A, B is wanted"),
+    ],
+)
+def test_a_rule_that_gives_no_site_quarantines(tmp_path, monkeypatch, table, words):
+    rows = index_with(monkeypatch, catalogued(), make_database(tmp_path / "db", participants=table))
+    assert rows[0]["reason"] is None
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(rows[1]["reason"])
+
+
+def test_other_rules(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db", participants="")
+    sites = {"0": Site(place="P"), "Siemens": Site(place="Q")}
+    assert index_with(monkeypatch, catalogued(site_rule=SiteRule(prefix=r"(\d)\d"), sites=sites), root)[0]["place"] == "P"
+    assert index_with(monkeypatch, catalogued(site_rule=SiteRule(sidecar="Manufacturer"), sites=sites), root)[0]["place"] == "Q"
+
+
+def test_a_declared_column_that_is_not_there_stops(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db", participants="participant_id\tage\nsub-01\t3\n")
+    with pytest.raises(InputError, match="takes its sites from column 'site', which is missing; it has participant_id, age"):
+        index_with(monkeypatch, catalogued(), root)
+    (root / "participants.tsv").unlink()
+    with pytest.raises(InputError, match="there is no such file"):
+        index_with(monkeypatch, catalogued(), root)
+
+
+def test_two_subjects_with_one_file(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db")
+    shutil.copy(root / "sub-01/anat/sub-01_T1w.nii.gz", root / "sub-02/anat/sub-02_T1w.nii.gz")
+    with pytest.raises(InputError, match="none of the 2 scans"):
+        index_with(monkeypatch, catalogued(), root)
+    rows = [dict(scan_id=f"s{i}", database="db", person=f"p{i}", t1w_sha256="h", t1w_path=f"f{i}", reason=None) for i in range(2)]
+    stage._judge_same_content(rows)
+    assert "the same bytes as s1" in rows[0]["reason"] and "the same bytes as s0" in rows[1]["reason"]
+
+
+def test_one_file_in_two_databases_is_one_person(tmp_path):
+    for name in ("one", "two"):
+        make_database(tmp_path / "roots" / name, subjects=("01",), participants="")
+    make_database(tmp_path / "roots" / "three", subjects=("07", "01"), participants="")
+    rows = stage.index([tmp_path / "roots"])
+    assert [row["person"] for row in rows] == ["one/01", "three/01", "one/01", "one/01"]
+    assert not any(row["reason"] for row in rows)
+
+
+def test_folders_that_are_not_there_or_hold_nothing(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        stage.index([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no BIDS database in it"):
+        stage.index([tmp_path / "empty"])
+    (tmp_path / "empty" / "dataset_description.json").write_text("{}")
+    with pytest.raises(InputError, match="no T1w in it"):
+        stage.index([tmp_path / "empty"])
+    make_database(tmp_path / "x" / "db")
+    make_database(tmp_path / "y" / "db")
+    with pytest.raises(InputError, match="a second database named db"):
+        stage.index([tmp_path / "x" / "db", tmp_path / "y" / "db"])
+
+
+def test_broken_sidecar_broken_link_and_double_name_are_quarantined(tmp_path):
+    root = make_database(tmp_path / "db", subjects=("01", "02", "03", "04"), participants="")
+    (root / "sub-01/anat/sub-01_T1w.json").write_text("{")
+    (root / "sub-02/anat/sub-02_T1w.nii.gz").unlink()
+    (root / "sub-02/anat/sub-02_T1w.nii.gz").symlink_to("nowhere")
+    save_volume(root / "sub-03/anat/sub-03_T1w.nii", np.ones((3, 3, 3), np.int16), np.eye(4))
+    rows = stage.index([root])
+    reasons = {row["scan_id"].split("@")[0]: row["reason"] for row in rows}
+    assert "not valid JSON" in reasons["db_sub-01"]
+    assert "readable file is wanted" in reasons["db_sub-02"]
+    assert sum("names the same scan" in (row["reason"] or "") for row in rows) == 2
+    assert reasons["db_sub-04"] is None and len({row["scan_id"] for row in rows}) == 5
+
+
+def test_hashes_are_cached_by_path_size_and_time(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db", participants="")
+    first = stage.index([root])
+    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail(f"{path} was read again"))
+    assert stage.index([root]) == first
+
+
+def test_a_broken_catalogue_names_file_and_field(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: bad\ntitle: t\nsite_rule: {participants: a, single: b}\nsites:\n  A: {place: P, field_strength_tesla: 30}\n")
+    with pytest.raises(InputError, match=r"bad.yaml: site_rule: .*exactly one.*sites.A.field_strength_tesla.*30"):
+        load_database(path)

@@ -1,0 +1,74 @@
+"""Shards: what goes in comes out, bytes depend on the content alone, damage is found and named."""
+
+import numpy as np
+import pytest
+
+from data_registry import protocol, shards
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    generator = np.random.default_rng(0)
+    made = []
+    for index in range(3):
+        t1w = generator.integers(0, 256, (16, 16, 16)).astype(np.uint8)
+        ids = generator.choice(np.array([0, 2, 3, 1012, 16], dtype=np.uint16), (16, 16, 16))
+        classes = protocol.load("lod7").classes_of(ids)
+        row = {"scan_id": f"s{index}", **{f"t1w_x{f}": shards.pooled(t1w, f) for f in shards.FACTORS}}
+        if index < 2:
+            row |= {"aparc_aseg_x1": ids, "lod7_x4": shards.block_counts(classes, 4, 7), "lod7_x2": shards.block_counts(classes, 2, 7)}
+        made.append(row)
+    return made
+
+
+def test_round_trip_and_absent_labels(tmp_path, rows):
+    path = tmp_path / "a" / "part-000.parquet"
+    shards.write_shard(path, rows, side=16, metadata={"recipe": "r", "samples": [1, 2]})
+    columns = ["t1w_x1", "t1w_x2", "t1w_x4", "aparc_aseg_x1", "lod7_x2", "lod7_x4", "other_x1"]
+    for index, row in enumerate(rows):
+        read = shards.read_row(path, index, columns)
+        assert set(read) == set(row) - {"scan_id"}
+        for name, array in read.items():
+            assert array.dtype == row[name].dtype and np.array_equal(array, row[name])
+    assert shards.read_metadata(path) == {"recipe": "r", "samples": [1, 2]}
+
+
+def test_same_rows_same_bytes(tmp_path, rows):
+    for name in ("a", "b"):
+        shards.write_shard(tmp_path / name, rows, side=16, metadata={"recipe": "r"})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_levels_of_detail_by_brute_force(rows):
+    t1w, ids = rows[0]["t1w_x1"], rows[0]["aparc_aseg_x1"]
+    assert rows[0]["t1w_x4"][1, 2, 3] == t1w[4:8, 8:12, 12:16].max()
+    classes = protocol.load("lod7").classes_of(ids)
+    assert rows[0]["lod7_x4"][:, 1, 2, 3].tolist() == np.bincount(classes[4:8, 8:12, 12:16].ravel(), minlength=7).tolist()
+    assert (rows[0]["lod7_x4"].sum(axis=0) == 64).all()
+
+
+def test_damage_is_found_by_checksum(tmp_path, rows):
+    path = tmp_path / "part-000.parquet"
+    shards.write_shard(path, rows, side=16, metadata={})
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+    seen = []
+    for index in range(3):
+        try:
+            shards.read_row(path, index, ["t1w_x1", "t1w_x2", "t1w_x4", "aparc_aseg_x1", "lod7_x2", "lod7_x4"])
+        except shards.ShardError as error:
+            seen.append(str(error))
+    assert len(seen) == 1 and str(path) in seen[0] and "is damaged" in seen[0]
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(shards.ShardError, match="is damaged"):
+        shards.read_row(path, 0, ["t1w_x1"])
+    assert shards.read_metadata(path) is None
+    with pytest.raises(shards.ShardError, match="no such shard"):
+        shards.read_row(tmp_path / "none.parquet", 0, ["t1w_x1"])
+
+
+def test_a_subject_keeps_its_shard():
+    assert [shards.shard_of(s, 4) for s in ("01", "02", "03", "A", "B")] == [shards.shard_of(s, 4) for s in ("01", "02", "03", "A", "B")]
+    spread = [shards.shard_of(f"{i:04d}", 4) for i in range(400)]
+    assert min(spread.count(part) for part in range(4)) > 70
