@@ -24,7 +24,7 @@ from data_registry.files import replacing
 from data_registry.params import Params, load_params
 from data_registry.schema import read_table
 from lod_model import report_figures as figures
-from lod_model.report_figures import MEAN
+from lod_model.report_figures import MEAN, number, p_value, signed
 
 ATLAS = "atlas"
 """Name of the network that stands for the majority-label atlas of a fold's training scans."""
@@ -66,7 +66,7 @@ def write_report(folder: Path, params: Params) -> Path:
         "dice_by_place": dice_by_place(scores["dice"]),
         "internal_external": pairs.drop(columns="person"),
         "folds": fold_table(inputs.split, inputs.proof),
-        "quarantine": quarantine(inputs.scans, inputs.samples, inputs.split),
+        "quarantine": quarantine(inputs.scans, inputs.samples, inputs.split, inputs.proof),
     }
     for name, table in tables.items():
         with replacing(folder / "reports" / f"{name}.tsv") as aside:
@@ -172,7 +172,7 @@ def fold_table(split: pd.DataFrame, proof: dict) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["fold", "held_out", *ROLES, "notes"])
 
 
-def quarantine(scans: pd.DataFrame, samples: pd.DataFrame, split: pd.DataFrame) -> pd.DataFrame:
+def quarantine(scans: pd.DataFrame, samples: pd.DataFrame, split: pd.DataFrame, proof: dict) -> pd.DataFrame:
     """Every scan that no fold uses: scan_id, database, site, the stage that set it aside, reason."""
     index = scans[scans.reason.notna()].assign(stage="index")
     harmonise = samples[(samples.status != "ok") & ~samples.scan_id.isin(index.scan_id)].assign(stage="harmonise")
@@ -180,7 +180,8 @@ def quarantine(scans: pd.DataFrame, samples: pd.DataFrame, split: pd.DataFrame) 
     absent = scans[~scans.scan_id.isin(known)].assign(stage="harmonise", reason="no sample was made of it")
     usable = samples[(samples.status == "ok") & ~samples.scan_id.isin(index.scan_id)]
     used = set(split[split.role != "excluded"].scan_id)
-    why = split[split.role == "excluded"].dropna(subset=["reason"]).drop_duplicates("scan_id").set_index("scan_id").reason
+    why = dict(note.split(": ", 1) for note in proof.get("notes", []) if ": " in note)  # the split names a scan that it leaves out
+    why |= split[split.role == "excluded"].dropna(subset=["reason"]).set_index("scan_id").reason.to_dict()
     unused = usable[~usable.scan_id.isin(used)].assign(stage="split")
     unused["reason"] = unused.scan_id.map(why).fillna("no role in any fold")
     columns = ["scan_id", "database", "site", "stage", "reason"]
@@ -369,37 +370,9 @@ def _html(inputs: Inputs, scores: dict, runs: list[dict], pairs: pd.DataFrame, t
         proof={(row["guard"], row["fold"]): row for row in inputs.proof["proof"]},
         sites=site_table(inputs, tables["quarantine"]).to_dict("records"),
         quarantine=tables["quarantine"].to_dict("records"),
-        settings=yaml.safe_dump(params.model_dump(mode="json", exclude={"resources"}), sort_keys=False, allow_unicode=True),
+        settings=yaml.safe_dump(params.model_dump(mode="json", exclude={"resources"}), sort_keys=False, default_flow_style=None, allow_unicode=True),
         mean=MEAN,
     )
-
-
-def number(value: float, digits: int = 3) -> str:
-    """A number for a table, a dash where it is not defined.
-
-    >>> number(0.91249), number(float("nan")), number(1234.5, 0)
-    ('0.912', '–', '1,234')
-    """
-    return "–" if value is None or not np.isfinite(value) else f"{value:,.{digits}f}"
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign.
-
-    >>> signed(-0.0121), signed(0.5, 1), signed(-0.0001)
-    ('−0.012', '+0.5', '0.000')
-    """
-    text = number(abs(value), digits)
-    return text if text == "–" or not float(text.replace(",", "")) else ("−" if value < 0 else "+") + text
-
-
-def p_value(value: float) -> str:
-    """A p value with its relation.
-
-    >>> p_value(0.0312), p_value(0.00001), p_value(float("nan"))
-    ('= 0.031', '< 0.001', 'not defined')
-    """
-    return "not defined" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The report's figures, each a PNG as a data URI, so that the report is one file.
+"""The report's figures, each a PNG as a data URI, so that the report is one file; and how it writes numbers.
 
 Small multiples, one panel a structure, every scan a point: a bar would hide how places differ. Colours of structures are the label
 protocol's; points carry a dark edge because some of those colours are near white. Figures depend on nothing but their arguments.
 """
 
 import base64
+import functools
 import io
 import os
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ _STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET, "axes.labelcolor": INK, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": "#e4e7eb", "grid.linewidth": 0.7, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
 }  # fmt: skip
-_VIEWS = (  # name, axis looked along, axis down the page, its direction, axis across, marks at the left, right, top, bottom
+_VIEWS = (  # name, axis looked along, axis down the page, its direction, axis across, letters at the left, right, top, bottom
     ("coronal", 2, 1, 1, 0, "R", "L", "S", "I"),
     ("axial", 1, 2, -1, 0, "R", "L", "A", "P"),
     ("sagittal", 0, 1, 1, 2, "P", "A", "S", "I"),
@@ -84,7 +85,6 @@ def _data_uri(figure) -> str:
 
 def _styled(draw):
     """``draw`` under the report's style."""
-    import functools
 
     @functools.wraps(draw)
     def drawn(*args, **kwargs):
@@ -107,6 +107,14 @@ def panel_names(median_by_structure: pd.Series, *, worst_is_low: bool) -> list[s
     if len(structures) > room:
         structures = structures.sort_values(ascending=worst_is_low).iloc[:room]
     return ([MEAN] if MEAN in median_by_structure.index else []) + list(structures.index)
+
+
+def _legend(figure, entries: list[tuple[str, dict]]) -> None:
+    """Marks and their words, below the panels."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], linestyle="none", label=label, **mark) for label, mark in entries]
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, handletextpad=0.3)
 
 
 def _title(structure: str) -> str:
@@ -150,6 +158,11 @@ def strip_by_place(values: pd.DataFrame, colours: dict[str, str], *, panels: lis
             ax.set_xlabel(label)
         if not lower_is_worse:
             ax.set_xlim(left=0)
+    marks = [("one scan", {"marker": "o", "markersize": 5, "color": "#56606b", "markeredgecolor": INK}),
+             ("median of the place", {"marker": "|", "markersize": 11, "markeredgewidth": 2, "color": INK})]  # fmt: skip
+    if baseline is not None:
+        marks.append(("median of the atlas", {"marker": "D", "markersize": 5, "markerfacecolor": "none", "markeredgecolor": BASELINE}))
+    _legend(figure, marks)
     return _data_uri(figure)
 
 
@@ -168,8 +181,7 @@ def scatter_panels(pairs: pd.DataFrame, colours: dict[str, str], *, panels: list
         ax.set_aspect("equal", adjustable="box")
         ax.locator_params(nbins=4)
         ax.set_title(_title(structure))
-        ax.text(0.97, 0.03, notes.get(structure, ""), transform=ax.transAxes, ha="right", va="bottom", fontsize=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
+        ax.set_title(notes.get(structure, ""), loc="right", fontsize=7.5, fontweight="normal")
         if number % 4 == 0:
             ax.set_ylabel(y_label)
         if number >= len(panels) - 4:
@@ -197,34 +209,39 @@ def strip_of_differences(differences: pd.DataFrame, colours: dict[str, str], *, 
 
 @_styled
 def overlay(case: Case, class_colours: list[str]) -> str:
-    """Three planes of a case, each where reference and prediction differ most: contours above, voxels that differ below.
+    """Three planes of a case, each where reference and prediction differ most: reference, prediction, and the voxels that differ.
 
-    Above, the reference is a solid line and the prediction a dashed one, in the class's colour; below, every voxel that differs has the
-    colour of the predicted class (black where background is predicted). ``class_colours`` is by class index.
+    Contours have the class's colour; a voxel that differs has the colour of the predicted class, black where background is predicted.
+    ``class_colours`` is by class index.
     """
     from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
 
-    figure, axes = _figure(6, columns=3, panel_height_in=3.7)
-    differ = case.reference != case.predicted
     palette = np.array([to_rgb(colour) for colour in class_colours])
-    box = _brain_box(case)
-    for column, (name, along, down, direction, *_) in enumerate(_VIEWS):
-        others = tuple(axis for axis in range(3) if axis != along)
-        index = int(np.clip(differ.sum(axis=others).argmax(), box[along].start, box[along].stop - 1))
-        t1w, reference, predicted = (_plane(v, box, view=_VIEWS[column], index=index) for v in (case.t1w, case.reference, case.predicted))
-        height_mm, width_mm = (n * case.voxel_mm for n in t1w.shape)
-        place = {"extent": (0, width_mm, height_mm, 0), "interpolation": "nearest"}
-        grey = np.repeat(np.clip(t1w / max(1.0, float(np.percentile(case.t1w[case.t1w > 0], 99.5)) if case.t1w.any() else 1.0), 0, 1)[..., None], 3, axis=2)
-        upper, lower = axes[column], axes[column + 3]
-        upper.imshow(grey, **place)
-        for labels, style, width in ((reference, "solid", 1.5), (predicted, (0, (1.6, 1.2)), 1.5)):
-            _contours(upper, labels, class_colours, voxel_mm=case.voxel_mm, style=style, width=width)
+    differ, box = case.reference != case.predicted, _brain_box(case)
+    white = float(np.percentile(case.t1w[case.t1w > 0], 99.5)) if case.t1w.any() else 1.0
+    planes = []
+    for view in _VIEWS:
+        along = view[1]
+        index = int(np.clip(differ.sum(axis=tuple({0, 1, 2} - {along})).argmax(), box[along].start, box[along].stop - 1))
+        planes.append((index, *(_plane(volume, box, view=view, index=index) for volume in (case.t1w, case.reference, case.predicted))))
+    shapes = [t1w.shape for _, t1w, *_ in planes]
+    wide = [columns / rows for rows, columns in shapes]  # a panel as high as its neighbours, whatever its shape
+    figure = Figure(figsize=(WIDTH_IN, 3 * (WIDTH_IN / sum(wide) + 0.12)), dpi=120, layout="constrained")
+    axes = figure.subplots(3, 3, gridspec_kw={"width_ratios": wide})
+    for column, (view, (index, t1w, reference, predicted)) in enumerate(zip(_VIEWS, planes, strict=True)):
+        grey = np.repeat(np.clip(t1w / white, 0, 1)[..., None], 3, axis=2)  # (rows, columns, RGB)
         wrong = reference != predicted
-        lower.imshow(np.where(wrong[..., None], palette[predicted], 0.3 + 0.7 * grey), **place)
-        upper.set_title(f"{name}, plane {index} of {case.t1w.shape[along]}")
-        lower.set_title(f"voxels that differ: {wrong.sum():,}", fontweight="normal")
-        for ax in (upper, lower):
-            _mark(ax, _VIEWS[column][5:], width_mm=width_mm, height_mm=height_mm)
+        pictures = (grey, grey, np.where(wrong[..., None], palette[predicted], 0.22 + 0.55 * grey))
+        titles = (f"{view[0]}, plane {index} of {case.t1w.shape[view[1]]}: reference", "prediction", f"differ: {wrong.sum():,} voxels")
+        for row, (picture, labels, title) in enumerate(zip(pictures, (reference, predicted, None), titles, strict=True)):
+            ax = axes[row, column]
+            height_mm, width_mm = (n * case.voxel_mm for n in t1w.shape)
+            ax.imshow(picture, extent=(0, width_mm, height_mm, 0), interpolation="nearest")
+            if labels is not None:
+                _contours(ax, labels, class_colours, voxel_mm=case.voxel_mm)
+            ax.set_title(title, fontweight="normal", fontsize=10)
+            _mark(ax, view[5:], width_mm=width_mm, height_mm=height_mm)
     return _data_uri(figure)
 
 
@@ -246,23 +263,54 @@ def _plane(volume: np.ndarray, box: tuple, *, view: tuple, index: int) -> np.nda
     return plane[::direction]
 
 
-def _contours(ax, labels: np.ndarray, class_colours: list[str], *, voxel_mm: float, style, width: float) -> None:
+def _contours(ax, labels: np.ndarray, class_colours: list[str], *, voxel_mm: float) -> None:
     rows_mm, columns_mm = ((np.arange(n) + 0.5) * voxel_mm for n in labels.shape)
     for index in range(1, len(class_colours)):
         mask = labels == index
         if mask.any() and not mask.all():
-            ax.contour(columns_mm, rows_mm, mask.astype(float), levels=[0.5], colors=[class_colours[index]], linewidths=width, linestyles=[style])
+            ax.contour(columns_mm, rows_mm, mask.astype(float), levels=[0.5], colors=[class_colours[index]], linewidths=1.5)
 
 
 def _mark(ax, letters: tuple[str, str, str, str], *, width_mm: float, height_mm: float) -> None:
     """Letters of direction on the four edges and a bar of 20 mm."""
+    from matplotlib.patheffects import withStroke
+
     left, right, top, bottom = letters
     ax.set_axis_off()
+    edge = {"path_effects": [withStroke(linewidth=2.5, foreground="black")], "color": "white"}
     spots = ((0.02, 0.5, left, "left", "center"), (0.98, 0.5, right, "right", "center"), (0.5, 0.98, top, "center", "top"),
              (0.5, 0.02, bottom, "center", "bottom"))  # fmt: skip
     for x, y, letter, across, upright in spots:
-        ax.text(x, y, letter, transform=ax.transAxes, color="white", fontsize=10, fontweight="bold", ha=across, va=upright)
+        ax.text(x, y, letter, transform=ax.transAxes, fontsize=12, fontweight="bold", ha=across, va=upright, **edge)
     if width_mm > 40:
-        ax.plot([width_mm - 26, width_mm - 6], [height_mm - 6] * 2, color="white", linewidth=2.5, solid_capstyle="butt")
-        ax.text(width_mm - 16, height_mm - 8, "20 mm", color="white", fontsize=8, ha="center", va="bottom")
+        ax.plot([width_mm - 26, width_mm - 6], [height_mm - 6] * 2, linewidth=2.5, solid_capstyle="butt", **edge)
+        ax.text(width_mm - 16, height_mm - 9, "20 mm", fontsize=9, ha="center", va="bottom", **edge)
     ax.set(xlim=(0, width_mm), ylim=(height_mm, 0))
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number for a table, a dash where it is not defined.
+
+    >>> number(0.91249), number(float("nan")), number(1234.5, 0)
+    ('0.912', '–', '1,234')
+    """
+    return "–" if value is None or not np.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign.
+
+    >>> signed(-0.0121), signed(0.5, 1), signed(-0.0001)
+    ('−0.012', '+0.5', '0.000')
+    """
+    text = number(abs(value), digits)
+    return text if text == "–" or not float(text.replace(",", "")) else ("−" if value < 0 else "+") + text
+
+
+def p_value(value: float) -> str:
+    """A p value with its relation.
+
+    >>> p_value(0.0312), p_value(0.00001), p_value(float("nan"))
+    ('= 0.031', '< 0.001', 'not defined')
+    """
+    return "not defined" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"= {value:.3f}"

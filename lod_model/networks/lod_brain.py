@@ -290,7 +290,11 @@ def _plus(x: Tensor, y: Tensor) -> Tensor:
 
 def _plus_upsampled(x: Tensor, coarse: Tensor, factor: int = 2) -> Tensor:
     """x + coarse repeated ``factor`` times along each axis; x (B, C, f·d, f·h, f·w), coarse (B, C, d, h, w)."""
-    return _plus(x, F.interpolate(coarse, scale_factor=factor, mode="nearest"))
+    if torch.is_grad_enabled():
+        return x + F.interpolate(coarse, scale_factor=factor, mode="nearest")
+    blocks = x.unflatten(4, (-1, factor)).unflatten(3, (-1, factor)).unflatten(2, (-1, factor))   # (B, C, d, f, h, f, w, f)
+    blocks.add_(coarse[:, :, :, None, :, None, :, None])      # a view of x: no copy of coarse at x's size
+    return x
 
 
 class Level(nn.Module):

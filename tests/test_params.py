@@ -1,0 +1,54 @@
+"""Settings: the project's own file is valid, and each mistake is one line that names the key."""
+
+from pathlib import Path
+
+import pytest
+
+from data_registry.errors import InputError
+from data_registry.params import fingerprint, load_params
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def write(tmp_path, text: str) -> Path:
+    (tmp_path / "params.yaml").write_text(text)
+    return tmp_path / "params.yaml"
+
+
+def test_the_projects_own_settings():
+    params = load_params(CHECKOUT / "params.yaml")
+    assert params.run_name("lod_brain") == "lod_brain-base-0"
+    with pytest.raises(ValueError, match="frozen"):
+        params.train.seed = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("index: {roots: [a]}\nharmonize: {}\n", "harmonize is not a known key; experiment, networks, index, harmonise"),
+        ("index: {roots: [a]}\ntrain: {epochs: 3}\n", "train.epochs is not a known key; protocol, seed, coarse"),
+        ("index: {roots: [a]}\nharmonise: {grid: 1}\n", "harmonise.grid is 1"),
+        ("index: {roots: [a]}\nharmonise: {grid: big}\n", "harmonise.grid is 'big': grid 'big' is not known"),
+        ("index: {roots: [a]}\nharmonise: {block_protocols: [lod8]}\n", "protocol 'lod8' is not known; one of lod7"),
+        ("index: {roots: [a]}\nsplit: {folds: 1}\n", "split.folds is 1"),
+        ("index: {roots: [a]}\nsplit: {key: planet}\n", "split.key is 'planet'"),
+        ("experiment: base\n", "index is missing"),
+        ("index: [\n", "not valid YAML"),
+    ],
+)
+def test_mistakes(tmp_path, text, words):
+    with pytest.raises(InputError) as caught:
+        load_params(write(tmp_path, text))
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "params.yaml")) and "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(InputError, match="params.yaml: No such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_fingerprints_see_settings():
+    first = load_params(CHECKOUT / "params.yaml").train
+    assert fingerprint(first) == fingerprint(first.model_copy())
+    assert fingerprint(first) != fingerprint(first.model_copy(update={"seed": 1}))
