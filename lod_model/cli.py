@@ -99,10 +99,9 @@ def _print_outcome(outcome: "Outcome") -> None:
 @app.command()
 def networks(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
     """List the networks and how many parameters each has in its default configuration."""
-    from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
+    from lod_model import networks as known
 
-    made = {"lod_brain": LODBrain(LODBrainConfig())}
-    rows = [{"network": name, "parameters": sum(p.numel() for p in network.parameters())} for name, network in made.items()]
+    rows = [{"network": name, "parameters": sum(p.numel() for p in known.build(name).parameters())} for name in known.names()]
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -116,21 +115,25 @@ def import_weights(
 ) -> None:
     """Turn the authors' published Keras weights into ours."""
     from lod_model import weights
+    from lod_model.segment import usable_weights
 
     out = out or file.with_suffix(".pt")
     if out.exists():
         raise InputError(f"{out}: exists already; a new file is wanted (-o)")
-    found = weights.load(file)
-    weights.save(out, found.network, name=found.name, protocol=found.protocol, grid=found.grid, provenance=found.provenance)
+    found = usable_weights(file)
+    try:
+        weights.save(out, found.network, name=found.name, protocol=found.protocol, grid=found.grid, provenance=found.provenance)
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}; a place to write to is wanted") from None
     print(out)
 
 
 @weights_app.command("info")
 def weights_info(file: Annotated[Path, typer.Argument(help="Weights of any kind that `segment` takes.")]) -> None:
     """Say what weights are: network, protocol, grid, hash, provenance."""
-    from lod_model import weights
+    from lod_model.segment import usable_weights
 
-    found = weights.load(file)
+    found = usable_weights(file)
     facts = {key: getattr(found, key) for key in ("name", "protocol", "grid", "hash", "provenance")}
     facts["parameters"] = sum(p.numel() for p in found.network.parameters())
     print(json.dumps(facts, indent=2, default=str))

@@ -1,7 +1,8 @@
 """The picture that a person looks at before using a segmentation: three slices through the brain, plain and with its labels.
 
 Radiological convention: the patient's left is on the picture's right, as if looking from the feet or from the front; every
-slice carries its letters. Pixels have the proportions of the voxels. Slices only, never a rendering of the head.
+slice carries its letters. Pixels have the proportions of the voxels. The slices go through the middle of the labels and end some way
+outside them; those of a failed segmentation show the whole field of view. Slices only, never a rendering of the head.
 """
 
 import os
@@ -12,12 +13,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from data_registry.files import replacing
 from data_registry.protocol import Protocol
 from data_registry.volume import Volume, axes_to_lia
 
 _OPACITY = 0.45
+_MARGIN_MM = 25.0
 _VERDICT_COLOURS = {"pass": "#7fd18b", "review": "#ffc857", "fail": "#ff6b6b"}
 
 
@@ -40,7 +43,7 @@ def write_overlay(
     figure.suptitle(f"{scan.path.name}: {verdict}", color=_VERDICT_COLOURS[verdict], fontsize=13, parse_math=False)
     axes = figure.subplots(2, 3, gridspec_kw={"left": 0.02, "right": 0.98, "top": 0.93, "bottom": 0.14, "wspace": 0.03, "hspace": 0.03})
     colours = np.array([(*rgb, 255 * _OPACITY if index else 0) for index, rgb in enumerate(protocol.colours)]) / 255  # (C, 4) RGBA
-    for column, (grey, labels, pixel_mm, letters) in enumerate(_slices(scan, classes)):
+    for column, (grey, labels, pixel_mm, letters) in enumerate(_slices(scan, classes, whole=verdict == "fail")):
         low, high = _window(grey)
         for axis, with_labels in ((axes[0, column], False), (axes[1, column], True)):
             axis.imshow(grey, cmap="gray", vmin=low, vmax=high, aspect=pixel_mm[0] / pixel_mm[1], interpolation="nearest")
@@ -62,32 +65,36 @@ def write_overlay(
         figure.savefig(aside, format="png", facecolor="black", metadata={"Software": None})
 
 
-def _slices(scan: Volume, classes: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, tuple[float, float], str]]:
-    """Axial, coronal and sagittal slice through the middle of the labels: (rows, columns) grey and labels, pixel size (row, column) in mm,
-    and the letters at the left, right, top and bottom.
+def _slices(scan: Volume, classes: np.ndarray, *, whole: bool) -> list[tuple[np.ndarray, np.ndarray, tuple[float, float], str]]:
+    """Axial, coronal and sagittal slice: (rows, columns) grey and labels, pixel size (row, column) in mm, and the letters at the left,
+    right, top and bottom. Cut to the labels and a margin unless ``whole``.
     """
     source, flip = axes_to_lia(scan.affine)
     turn = tuple(slice(None, None, -1) if reverse else slice(None) for reverse in flip)
     grey, labels = scan.data.transpose(source)[turn], classes.transpose(source)[turn]  # views, (L, I, A)
-    left_mm, inferior_mm, anterior_mm = scan.voxel_mm[source]
-    at = _middle(labels)
-    # axis 0 grows to the patient's left, so drawn along the columns it is radiological as it is
-    views = (
-        ((slice(None), at[1], slice(None, None, -1)), True, (anterior_mm, left_mm), "RLAP"),
-        ((slice(None), slice(None), at[2]), True, (inferior_mm, left_mm), "RLSI"),
-        ((at[0], slice(None), slice(None, None, -1)), False, (inferior_mm, anterior_mm), "APSI"),
-    )
-    return [(grey[cut].T, labels[cut].T, mm, letters) if turned else (grey[cut], labels[cut], mm, letters) for cut, turned, mm, letters in views]
+    edge_mm = scan.voxel_mm[source]
+    box = _box(labels)
+    left, inferior, anterior = (box[axis].start + (box[axis].stop - box[axis].start) // 2 for axis in range(3))
+    if not whole:
+        more = np.ceil(_MARGIN_MM / edge_mm).astype(int)
+        near = tuple(slice(max(0, part.start - n), part.stop + n) for part, n in zip(box, more, strict=True))
+        left, inferior, anterior = (at - part.start for at, part in zip((left, inferior, anterior), near, strict=True))
+        grey, labels = grey[near], labels[near]
+    every, back = slice(None), slice(None, None, -1)
+    # the first axis grows to the patient's left, so drawn along the columns it is radiological as it is
+    axial = (every, inferior, back), True, (edge_mm[2], edge_mm[0]), "RLAP"
+    coronal = (every, every, anterior), True, (edge_mm[1], edge_mm[0]), "RLSI"
+    sagittal = (left, every, back), False, (edge_mm[1], edge_mm[2]), "APSI"
+    return [
+        (grey[cut].T, labels[cut].T, pixel_mm, letters) if turned else (grey[cut], labels[cut], pixel_mm, letters)
+        for cut, turned, pixel_mm, letters in (axial, coronal, sagittal)
+    ]
 
 
-def _middle(labels: np.ndarray) -> list[int]:
-    """Centre of the labels' bounding box, of the field of view if there are none."""
-    middle = []
-    for axis in range(3):
-        hit = np.flatnonzero(labels.any(axis=tuple(other for other in range(3) if other != axis)))
-        first, last = (hit[0], hit[-1]) if len(hit) else (0, labels.shape[axis] - 1)
-        middle.append(int(first + last) // 2)
-    return middle
+def _box(labels: np.ndarray) -> tuple[slice, ...]:
+    """The bounding box of the labels, of the field of view if there are none."""
+    found = ndimage.find_objects((labels > 0).view(np.uint8))
+    return found[0] if found else tuple(slice(0, n) for n in labels.shape)
 
 
 def _window(grey: np.ndarray) -> tuple[float, float]:

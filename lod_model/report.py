@@ -60,8 +60,8 @@ def write_report(folder: Path, params: Params) -> Path:
     """
     inputs = load_inputs(folder)
     scores = per_scan(inputs.results)
-    runs = describe_runs(inputs, scores, params)
-    pairs = internal_external(scores, inputs.scans)
+    pairs = internal_external(scores["dice"], inputs.scans)
+    runs = describe_runs(inputs, scores, pairs, params)
     tables = {
         "dice_by_place": dice_by_place(scores["dice"]),
         "internal_external": pairs.drop(columns="person"),
@@ -96,7 +96,8 @@ def load_inputs(folder: Path) -> Inputs:
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the split's hash, folds and proof ({error!r}); run the split stage again") from None
     for other in sorted(set(results.split_hash) - {split_hash}):
-        raise InputError(f"{tables / 'results.parquet'}: scores of split {other[:12]}; those of split {split_hash[:12]} are wanted (run evaluate again)")
+        came = f"{tables / 'results.parquet'}: scores of split {other[:12]}"
+        raise InputError(f"{came}; those of split {split_hash[:12]} are wanted (run the evaluate stage again)")
     return Inputs(results, scans, samples, split, proof, tuple(sorted((tables / "cases").glob("*.npz"))))
 
 
@@ -104,7 +105,8 @@ def per_scan(results: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By metric, one row a run × role × scan × structure: the mean over folds; Dice also has the mean of structures."""
     frames = {}
     for metric in ("dice", "hd95", "volume", "reference_volume"):
-        frames[metric] = results[results.metric == metric].groupby(_KEYS, sort=False, as_index=False).agg(value=("value", "mean"), folds=("fold", "nunique"))
+        by_scan = results[results.metric == metric].groupby(_KEYS, sort=False, as_index=False)
+        frames[metric] = by_scan.agg(value=("value", "mean"), folds=("fold", "nunique"))
     dice = frames["dice"]
     mean = dice.groupby(_KEYS[:-1], sort=False, as_index=False).agg(value=("value", "mean"), folds=("folds", "max")).assign(structure=MEAN)
     frames["dice"] = pd.concat([mean, dice], ignore_index=True)
@@ -118,9 +120,8 @@ def dice_by_place(dice: pd.DataFrame) -> pd.DataFrame:
     return figures_of.agg(median="median", mean="mean", n="count").reset_index().sort_values(["run", "place"], kind="stable", ignore_index=True)
 
 
-def internal_external(scores: dict[str, pd.DataFrame], scans: pd.DataFrame) -> pd.DataFrame:
+def internal_external(dice: pd.DataFrame, scans: pd.DataFrame) -> pd.DataFrame:
     """Scans scored both ways: run, scan_id, person, place, structure, internal, external, difference (external − internal), internal_folds."""
-    dice = scores["dice"]
     internal = dice[dice.role == "internal_test"].rename(columns={"value": "internal", "folds": "internal_folds"})
     external = dice[dice.role == "external_test"].rename(columns={"value": "external"})
     both = external.drop(columns=["role", "folds"]).merge(internal[["run", "scan_id", "structure", "internal", "internal_folds"]])
@@ -205,7 +206,7 @@ def site_table(inputs: Inputs, unused: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def describe_runs(inputs: Inputs, scores: dict[str, pd.DataFrame], params: Params) -> list[dict]:
+def describe_runs(inputs: Inputs, scores: dict[str, pd.DataFrame], pairs: pd.DataFrame, params: Params) -> list[dict]:
     """What each run is and how it did on held-out places, the run the report speaks of first, baselines last.
 
     That run is the first of ``networks`` in the settings that has results, else a trained one, else what there is.
@@ -219,12 +220,11 @@ def describe_runs(inputs: Inputs, scores: dict[str, pd.DataFrame], params: Param
         hashes = rows.drop_duplicates("fold").sort_values("fold")[["fold", "weights_hash"]].to_dict("records")
         runs.append({"run": run, "network": network, "protocol": rows.protocol.iloc[0], "kind": kind, "order": order, "weights": hashes})
     expected = inputs.split[inputs.split.role == "external_test"].scan_id.nunique()
-    pairs = internal_external(scores, inputs.scans)
     for run in runs:
         dice = scores["dice"][(scores["dice"].run == run["run"]) & (scores["dice"].structure == MEAN)].dropna(subset=["value"])
         external, internal = dice[dice.role == "external_test"], dice[dice.role == "internal_test"]
-        paired = paired_tests(pairs[(pairs.run == run["run"]) & (pairs.structure == MEAN)])
         same = pairs[(pairs.run == run["run"]) & (pairs.structure == MEAN)]
+        paired = paired_tests(same)
         hd95 = scores["hd95"][(scores["hd95"].run == run["run"]) & (scores["hd95"].role == "external_test")]
         atlas = next((other["run"] for other in runs if other["kind"] == "baseline" and other["protocol"] == run["protocol"]), None)
         places = beside_atlas(scores["dice"], run["run"], atlas) if atlas and run["kind"] != "baseline" else pd.DataFrame()
@@ -240,25 +240,34 @@ def describe_runs(inputs: Inputs, scores: dict[str, pd.DataFrame], params: Param
 
 def verdict(run: dict) -> str:
     """One sentence: how the run does at held-out places, on unseen people of training places, and beside the atlas."""
-    said = f"{run['run']} reaches a mean Dice of {run['external']:.3f} on {run['external_scans']} scans of {run['places']} held-out places"
-    if run["external_scans"] < run["expected"]:
+    if not run["external_scans"]:
+        said = f"{run['run']} has no score at a held-out place"
+    else:
+        said = f"{run['run']} reaches a mean Dice of {number(run['external'])} on {_count(run['external_scans'], 'scan')}"
+        said += f" of {_count(run['places'], 'held-out place')}"
+    if 0 < run["external_scans"] < run["expected"]:
         said += f" ({run['expected'] - run['external_scans']} more have no score)"
     if run["internal_scans"]:
-        said += f" and {run['internal']:.3f} on {run['internal_scans']} scans of unseen people at training places"
+        said += f" and {number(run['internal'])} on {_count(run['internal_scans'], 'scan')} of unseen people at training places"
     else:
         said += "; no scan was scored as an unseen person of a training place"
     if run["kind"] == "reference weights":
         said += " (the same weights both times)"
     elif run["pairs"]:
-        said += f"; for the {run['pairs']} scans scored both ways the mean difference is {signed(run['difference'])} (p {p_value(run['p'])})"
+        said += f"; for the {_count(run['pairs'], 'scan')} scored both ways the mean difference is {signed(run['difference'])}"
+        said += f" (p\u00a0{p_value(run['p'])})"
     if run["kind"] == "baseline":
         return said + "; it is itself the majority-label atlas."
     if not run["atlas"]:
         return said + "; there is no majority-label atlas to compare it with."
-    better = run["places_compared"] - len(run["not_better"])
+    compared, better = run["places_compared"], run["places_compared"] - len(run["not_better"])
     if not run["not_better"]:
-        return said + f"; it beats the majority-label atlas at every place ({better} of {run['places_compared']})."
-    return said + f"; it beats the majority-label atlas at {better} of {run['places_compared']} places, not at {', '.join(run['not_better'])}."
+        return said + f"; it beats the majority-label atlas at every place ({better} of {compared})."
+    return said + f"; it beats the majority-label atlas at {better} of {_count(compared, 'place')}, not at {', '.join(run['not_better'])}."
+
+
+def _count(number_of: int, noun: str) -> str:
+    return f"{number_of:,} {noun}{'' if number_of == 1 else 's'}"
 
 
 def _run_section(run: dict, scores: dict[str, pd.DataFrame], pairs: pd.DataFrame) -> dict:
@@ -295,7 +304,8 @@ def _run_section(run: dict, scores: dict[str, pd.DataFrame], pairs: pd.DataFrame
         section["volumes"] = volume_bias(volumes)
         notes = {row["structure"]: f"bias {signed(row['bias'], 1)} mL\n({signed(row['bias_percent'], 1)} %)" for row in section["volumes"]}
         shown = [name for name in panels if name in notes]
-        section["volume_figure"] = figures.scatter_panels(volumes, colours, panels=shown, notes=notes, x_label="reference, mL", y_label="predicted, mL")
+        section["volume_figure"] = figures.scatter_panels(
+            volumes, colours, panels=shown, notes=notes, x_label="reference, mL", y_label="predicted, mL")  # fmt: skip
     return section
 
 
@@ -328,21 +338,24 @@ def _colours(protocol: str) -> dict[str, str]:
 def _case_sections(inputs: Inputs, scores: dict[str, pd.DataFrame], runs: list[dict]) -> list[dict]:
     """The worst stored cases, those of the first run first, each with its overlay and its scores by structure, worst first."""
     protocol_of = {run["run"]: run["protocol"] for run in runs}
-    order = list(protocol_of)
-    loaded = [figures.load_case(path) for path in inputs.cases]
-    for case in loaded:
-        if case.run not in protocol_of:
-            log.warning("case of %s, run %s: the run has no results; the case is left out", case.scan_id, case.run)
-    cases = sorted((case for case in loaded if case.run in protocol_of), key=lambda case: (order.index(case.run), case.dice))
+    order, ranked = list(protocol_of), []
+    for path in inputs.cases:  # one at a time: a case at 1 mm is 50 MB
+        case = figures.load_case(path)
+        if case.run in protocol_of:
+            ranked.append((order.index(case.run), case.dice, path))
+        else:
+            log.warning("%s: run %s has no results; the case is left out of the report", path, case.run)
     sections = []
-    for case in cases[:MAX_CASES]:
-        of_scan = {m: f[(f.run == case.run) & (f.scan_id == case.scan_id) & (f.role == "external_test")] for m, f in scores.items() if m in ("dice", "hd95")}
-        dice = of_scan["dice"][of_scan["dice"].structure != MEAN].sort_values("value")
-        hd95 = of_scan["hd95"].set_index("structure").value
+    for _, _, path in sorted(ranked)[:MAX_CASES]:
+        case = figures.load_case(path)
+        dice, hd95 = (f[(f.run == case.run) & (f.scan_id == case.scan_id) & (f.role == "external_test")] for f in (scores["dice"], scores["hd95"]))
+        dice, hd95 = dice[dice.structure != MEAN].sort_values("value"), hd95.set_index("structure").value
+        colours = _colours(protocol_of[case.run])
         sections.append({
-            "case": case, "image": figures.overlay(case, list(_colours(protocol_of[case.run]).values())),
+            "case": {name: getattr(case, name) for name in ("scan_id", "place", "run", "fold", "voxel_mm", "dice")},
+            "image": figures.overlay(case, list(colours.values())),
             "rows": [(row.structure, row.value, hd95.get(row.structure, np.nan)) for row in dice.itertuples()],
-            "colours": {k: v for k, v in list(_colours(protocol_of[case.run]).items())[1:]},
+            "colours": dict(list(colours.items())[1:]),
         })  # fmt: skip
     return sections
 
@@ -354,6 +367,7 @@ def _html(inputs: Inputs, scores: dict, runs: list[dict], pairs: pd.DataFrame, t
         loader=jinja2.PackageLoader("lod_model", "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(number=number, signed=signed, p_value=p_value)
+    cases = _case_sections(inputs, scores, runs)
     leaks = [row for row in inputs.proof["proof"] if row["overlaps"]]
     guards = list(dict.fromkeys(row["guard"] for row in inputs.proof["proof"]))
     return environment.get_template("report.html.j2").render(
@@ -361,7 +375,7 @@ def _html(inputs: Inputs, scores: dict, runs: list[dict], pairs: pd.DataFrame, t
         verdict=verdict(runs[0]),
         runs=runs,
         sections=[_run_section(run, scores, pairs) for run in runs if run["kind"] != "baseline" or len(runs) == 1],
-        cases=_case_sections(inputs, scores, runs),
+        cases=cases,
         stored_cases=len(inputs.cases),
         split={"hash": inputs.proof["split_hash"], "key": inputs.proof.get("key", params.split.key), "notes": inputs.proof.get("notes", [])},
         folds=tables["folds"].to_dict("records"),

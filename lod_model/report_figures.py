@@ -20,7 +20,7 @@ MEAN = "mean"
 MAX_PANELS = 12
 MAX_PLACES = 40
 
-WIDTH_IN = 10.8
+WIDTH_IN, OVERLAY_IN = 10.8, 7.7
 INK, QUIET, BASELINE = "#1f2933", "#8a94a0", "#d55e00"  # the last one: Okabe and Ito's vermilion
 _STYLE = {
     "font.size": 9, "font.family": "DejaVu Sans", "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
@@ -227,13 +227,13 @@ def overlay(case: Case, class_colours: list[str]) -> str:
         planes.append((index, *(_plane(volume, box, view=view, index=index) for volume in (case.t1w, case.reference, case.predicted))))
     shapes = [t1w.shape for _, t1w, *_ in planes]
     wide = [columns / rows for rows, columns in shapes]  # a panel as high as its neighbours, whatever its shape
-    figure = Figure(figsize=(WIDTH_IN, 3 * (WIDTH_IN / sum(wide) + 0.12)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(OVERLAY_IN, 3 * (OVERLAY_IN / sum(wide) + 0.12)), dpi=180, layout="constrained")
     axes = figure.subplots(3, 3, gridspec_kw={"width_ratios": wide})
     for column, (view, (index, t1w, reference, predicted)) in enumerate(zip(_VIEWS, planes, strict=True)):
         grey = np.repeat(np.clip(t1w / white, 0, 1)[..., None], 3, axis=2)  # (rows, columns, RGB)
         wrong = reference != predicted
         pictures = (grey, grey, np.where(wrong[..., None], palette[predicted], 0.22 + 0.55 * grey))
-        titles = (f"{view[0]}, plane {index} of {case.t1w.shape[view[1]]}: reference", "prediction", f"differ: {wrong.sum():,} voxels")
+        titles = (f"reference, {view[0]} plane {index}", "prediction", f"differ: {wrong.sum():,} voxels")
         for row, (picture, labels, title) in enumerate(zip(pictures, (reference, predicted, None), titles, strict=True)):
             ax = axes[row, column]
             height_mm, width_mm = (n * case.voxel_mm for n in t1w.shape)
@@ -308,9 +308,9 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def p_value(value: float) -> str:
-    """A p value with its relation.
+    r"""A p value with its relation.
 
     >>> p_value(0.0312), p_value(0.00001), p_value(float("nan"))
-    ('= 0.031', '< 0.001', 'not defined')
+    ('=\xa00.031', '<\xa00.001', 'not defined')
     """
-    return "not defined" if not np.isfinite(value) else "< 0.001" if value < 0.001 else f"= {value:.3f}"
+    return "not defined" if not np.isfinite(value) else "<\u00a00.001" if value < 0.001 else f"=\u00a0{value:.3f}"

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data_registry import protocol as protocols
-from data_registry.conform import conform, probabilities_to_native
+from data_registry.conform import conform, parse_grid, probabilities_to_native
 from data_registry.errors import InputError
 from data_registry.files import replacing, sha256
 from data_registry.protocol import Protocol
@@ -77,7 +77,7 @@ def segment(
     if not scans:
         raise InputError("; ".join(problems.values()) or "no scan is given; T1w files or folders that hold them are wanted")
     out = _made_folder(out)
-    loaded = weights if isinstance(weights, weight_files.Weights) else weight_files.load(weights)
+    loaded = weights if isinstance(weights, weight_files.Weights) else usable_weights(weights)
     total = len(scans) + len(problems)
     outcomes = []
     for path, line in problems.items():
@@ -87,6 +87,19 @@ def segment(
         outcomes.append(_attempt(path, out / name, loaded, postprocess, threads))
         on_done(outcomes[-1], total)
     return outcomes
+
+
+def usable_weights(path: str | os.PathLike) -> weight_files.Weights:
+    """Weights whose protocol and grid are known here; anything else is an :class:`InputError` before the first scan is read."""
+    try:
+        loaded = weight_files.load(path)
+    except weight_files.WeightsError as error:
+        raise InputError(str(error)) from None
+    parse_grid(loaded.grid)
+    protocol, classes = protocols.load(loaded.protocol), loaded.network.config.classes
+    if classes != protocol.classes:
+        raise InputError(f"{path}: the network has {classes} classes; {protocol.classes} are wanted for its protocol {protocol.name}")
+    return loaded
 
 
 def find_scans(paths: Iterable[str | os.PathLike]) -> tuple[list[Path], dict[Path, str]]:
@@ -163,8 +176,7 @@ def _taken(front: Path, scan: Path, inputs: set[str]) -> bool:
     if any(os.path.realpath(_file(front, output)) in inputs for output in (*_OUTPUTS, _SIDECAR)):
         return True
     try:
-        written = json.loads(_file(front, _SIDECAR).read_text(encoding="utf-8"))
-        return written["input"] != str(scan) and written["input_sha256"] != sha256(scan)
+        return json.loads(_file(front, _SIDECAR).read_text(encoding="utf-8"))["input"] != str(scan)
     except (OSError, ValueError, KeyError, TypeError):  # no result, or none that was completed
         return False
 

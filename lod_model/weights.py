@@ -12,7 +12,6 @@ from (optimiser, epoch, random state) is another file and not read here.
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ import h5py
 import torch
 from torch import Tensor, nn
 
+from data_registry.errors import InputError
+from data_registry.files import replacing
 from lod_model import networks
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 
@@ -34,7 +35,7 @@ AUTHORS = {
 }
 
 
-class WeightsError(ValueError):
+class WeightsError(InputError):
     """A file that is not what it should be: one line naming the file and what is wrong with it."""
 
 
@@ -88,15 +89,8 @@ def save(path: str | Path, network: nn.Module, *, name: str, protocol: str, grid
         "state": {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()},
         "provenance": provenance,
     }
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("wb") as stream:
-            torch.save(content, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as aside:
+        torch.save(content, aside)
     return path
 
 
@@ -177,8 +171,13 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # The authors' Keras weights
 
-BLOCK = ("conv.weight", "conv.bias", "norm.weight", "norm.bias", "resample.weight", "resample.bias")   # Keras's order in a block
-CONV = ("weight", "bias")
+CONV = {"weight": "kernel", "bias": "bias"}                    # our tensor: Keras's, in Keras's order
+BLOCK = {
+    **{f"conv.{ours}": keras for ours, keras in CONV.items()},
+    "norm.weight": "gamma",
+    "norm.bias": "beta",
+    **{f"resample.{ours}": keras for ours, keras in CONV.items()},
+}
 
 
 def import_keras(path: str | Path) -> tuple[LODBrain, dict[str, Any]]:
@@ -191,7 +190,9 @@ def import_keras(path: str | Path) -> tuple[LODBrain, dict[str, Any]]:
     try:
         with h5py.File(path, "r") as file:
             stored = _keras_tensors(file, path)
-    except OSError as error:
+    except WeightsError:
+        raise
+    except Exception as error:   # h5py raises OSError, KeyError, RuntimeError, ... on a damaged file
         raise WeightsError(f"{path}: not readable as HDF5 ({_first_line(error)})") from None
     config = _keras_config(stored, path)
     network = LODBrain(config)
@@ -199,8 +200,9 @@ def import_keras(path: str | Path) -> tuple[LODBrain, dict[str, Any]]:
     state = {}
     for layer, prefix, names in _keras_layers(config, stored, path):
         came = left.pop(layer)
-        if len(came) != len(names):
-            raise WeightsError(f"{path}: {layer} has {len(came)} tensors, wanted {len(names)}")
+        kinds = [tensor.split("/")[-1].split(":")[0] for tensor in came]
+        if kinds != list(names.values()):
+            raise WeightsError(f"{path}: {layer} has {', '.join(kinds)}; wanted {', '.join(names.values())}")
         state |= {f"{prefix}.{name}": tensor for name, tensor in zip(names, came.values(), strict=True)}
     if left:
         raise WeightsError(f"{path}: left over {', '.join(left)}")
@@ -254,8 +256,8 @@ def _keras_config(stored: dict[str, dict[str, Tensor]], path: Path) -> LODBrainC
         raise WeightsError(f"{path}: Keras weights, but not of LOD-Brain (layers {', '.join(stored) or 'none'})"[:300]) from None
 
 
-def _keras_layers(config: LODBrainConfig, stored: dict[str, dict[str, Tensor]], path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(Keras layer, our prefix, our tensors in its order) for the whole network."""
+def _keras_layers(config: LODBrainConfig, stored: dict[str, dict[str, Tensor]], path: Path) -> list[tuple[str, str, dict[str, str]]]:
+    """(Keras layer, our prefix, our tensors and Keras's names for them) for the whole network."""
     layers = {kind: iter(_keras_numbered(stored, kind)) for kind in ("conv3d", "plain", "up_plain")}
     wanted = []
     for k in range(config.levels):

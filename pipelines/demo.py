@@ -83,8 +83,9 @@ def _participants(folder: Path, *, seed: int) -> list[dict]:
     """Rows of the database's complete subjects; none if it does not exist yet."""
     if not folder.exists():
         return []
-    if _seed_of(folder) != seed:
-        raise InputError(f"{folder}: was made with --seed {_seed_of(folder)}, --seed {seed} is asked for; choose another folder or remove it")
+    made_with = _seed_of(folder)
+    if made_with != seed:
+        raise InputError(f"{folder}: was made with --seed {made_with}, --seed {seed} is asked for; choose another folder or remove it")
     with open(folder / "participants.tsv", encoding="utf-8", newline="") as handle:
         return list(csv.DictReader(handle, delimiter="\t"))
 
@@ -122,7 +123,7 @@ def _mapped(arguments: list[tuple], *, workers: int) -> Iterator[dict]:
 def _start_worker() -> None:
     import torch  # here and below: --help loads no heavy library
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops them
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once; the parent tidies up
     torch.set_num_threads(1)
 
 

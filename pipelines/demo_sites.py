@@ -50,8 +50,8 @@ SITES = {site.database: site for site in (
          _means(0.18, 0.44, 0.70, fat=0.9, muscle=0.3), gamma=1.0, bias=0.2, noise=0.04, scale=220),
     Site("elm", "lake", "Siemens", "Synthetic Avanto", 1.5, "LIA", (0.9375, 0.9375, 3.0), (256, 256, 76), 2, (1.9, 0.0031, 1.1), (25, 75),
          _means(0.16, 0.55, 0.80, fat=1.0), gamma=1.15, bias=0.2, noise=0.03, scale=350),
-    Site("hazel", "river", "Philips", "Synthetic Ingenia", 3.0, "LAS", (1.2, 1.2, 1.2), (160, 200, 184), 1, (0.0067, 0.0031, 0.95), (20, 80),
-         _means(0.06, 0.38, 0.92, fat=0.8, marrow=0.4, muscle=0.25), gamma=0.95, bias=0.3, noise=0.02, scale=900),
+    Site("hazel", "river", "Philips", "Synthetic Ingenia", 3.0, "LAS", (1.2, 1.2, 1.2), (160, 200, 184), 1,
+         (0.0067, 0.0031, 0.95), (20, 80), _means(0.06, 0.38, 0.92, fat=0.8, marrow=0.4, muscle=0.25), gamma=0.95, bias=0.3, noise=0.02, scale=900),
     Site("rowan", "town", "GE", "Synthetic Optima", 1.5, "ASR", (1.0, 1.0, 1.5), (240, 256, 120), 2, (0.0094, 0.0041, 0.5), (60, 85),
          _means(0.20, 0.52, 0.74, fat=0.35, marrow=0.3, muscle=0.45), gamma=1.0, bias=0.35, noise=0.035, scale=1200),
 )}

@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from data_registry.errors import InputError
 from data_registry.volume import Volume, load_image, load_labels, save_volume
 from lod_model import weights as weight_files
+from lod_model.cli import app, main
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 from lod_model.predict import moments, predict
 from lod_model.segment import classes_of, find_scans, output_names, segment
@@ -48,7 +50,7 @@ def tiny(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
     network = LODBrain(LODBrainConfig(widths=(2, 2, 4)))
-    weight_files.save(path, network, name="tiny", protocol="lod7", grid="8mm", provenance={"made": "by a test"})
+    weight_files.save(path, network, name="lod_brain", protocol="lod7", grid="8mm", provenance={"made": "by a test"})
     return path
 
 
@@ -86,8 +88,8 @@ def _saved(path: Path, scan: Volume) -> Path:
 # --- left is left -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(3)))
-@pytest.mark.parametrize("flips", itertools.product((False, True), repeat=3))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize("flips", list(itertools.product((False, True), repeat=3)))
 def test_left_is_left_in_all_48_orientations(tmp_path, order, flips):
     phantom = _phantom()
     path = _saved(tmp_path / "scan.nii.gz", _reordered(phantom, order, flips))
@@ -217,9 +219,7 @@ def test_an_earlier_result_of_another_scan_stays(tmp_path):
     weights, out = _stub(Threshold(), "8mm"), tmp_path / "out"
     (first,) = segment([_saved(tmp_path / "a" / "scan.nii.gz", _phantom())], out=out, weights=weights)
     before = first.dseg.read_bytes()
-    other = _phantom()
-    other.data[:10] = 0
-    (second,) = segment([_saved(tmp_path / "b" / "scan.nii.gz", other)], out=out, weights=weights)
+    (second,) = segment([_saved(tmp_path / "b" / "scan.nii.gz", _phantom())], out=out, weights=weights)
     assert second.dseg != first.dseg and first.dseg.read_bytes() == before
     (again,) = segment([tmp_path / "a" / "scan.nii.gz"], out=out, weights=weights)
     assert again.dseg == first.dseg
@@ -327,26 +327,52 @@ def test_command_without_weights_says_what_can_be_given(tmp_path):
     assert done.returncode == 2 and _is_one_error_line(done.stderr) and "lodbrain weights import" in done.stderr
 
 
-def test_command_statuses(tmp_path, tiny):
-    good = _saved(tmp_path / "good.nii.gz", _phantom())
-    bad = tmp_path / "bad.nii.gz"
+def test_command_goes_on_after_a_bad_scan_and_exits_1(tmp_path, tiny):
+    good, bad = _saved(tmp_path / "good.nii.gz", _phantom()), tmp_path / "bad.nii.gz"
     bad.write_bytes(b"")
-    done = _lodbrain("segment", good, "-o", tmp_path / "out", "--weights", tiny)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = _lodbrain("segment", bad, good, "-o", tmp_path / "out", "--weights", tiny, "--threads", 1)
+    assert done.returncode == 1
     label_map, verdict, seconds, _ = done.stdout.rstrip("\n").split("\t")
     assert Path(label_map).is_file() and verdict in ("review", "fail") and seconds.endswith(" s")
-    done = _lodbrain("segment", bad, "-o", tmp_path / "out", "--weights", tiny, "--threads", 1)
-    assert done.returncode == 1 and _is_one_error_line(done.stderr) and not done.stdout
-    done = _lodbrain("segment", good, "-o", tmp_path / "out", "--weights", bad)
-    assert done.returncode == 2 and _is_one_error_line(done.stderr), done.stderr
+    error, summary = done.stderr.splitlines()
+    assert error == f"error: {bad}: the file is empty (0 bytes); a .nii.gz volume is wanted"
+    assert summary.startswith("2 scans: 0 pass, ") and summary.endswith(", 1 refused")
 
 
-def test_command_looks_at_weights_and_networks(tiny, capsys):
-    from typer.testing import CliRunner
+@pytest.mark.parametrize(
+    ("scan", "weights", "status", "error"),
+    [
+        ("good.nii.gz", "tiny.pt", 0, ""),
+        ("bad.nii.gz", "tiny.pt", 1, "bad.nii.gz: the file is empty"),
+        ("good.nii.gz", "bad.nii.gz", 2, "bad.nii.gz: neither a checkpoint nor"),
+        ("absent.nii.gz", "tiny.pt", 2, "absent.nii.gz: no such file or folder"),
+        ("good.nii.gz", "absent.pt", 2, "absent.pt: no such file"),
+    ],
+)
+def test_command_statuses(tmp_path, tiny, monkeypatch, capsys, scan, weights, status, error):
+    _saved(tmp_path / "good.nii.gz", _phantom())
+    (tmp_path / "bad.nii.gz").write_bytes(b"")
+    weights_path = tiny if weights == tiny.name else tmp_path / weights
+    monkeypatch.setattr(sys, "argv", ["lodbrain", "segment", str(tmp_path / scan), "-o", str(tmp_path / "out"), "--weights", str(weights_path)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    captured = capsys.readouterr()
+    assert exit_.value.code == status
+    assert bool(captured.out) == (status == 0)
+    assert (_is_one_error_line(captured.err) and error in captured.err) if error else not captured.err
 
-    from lod_model.cli import app
 
+def test_command_looks_at_weights_and_networks(tiny):
     info = CliRunner().invoke(app, ["weights", "info", str(tiny)])
     assert info.exit_code == 0 and json.loads(info.stdout)["grid"] == "8mm"
     networks = CliRunner().invoke(app, ["networks", "--json"])
     assert {"network": "lod_brain", "parameters": 337719} in json.loads(networks.stdout)
+
+
+def test_imported_weights_are_the_authors_and_nothing_is_overwritten(test_data, tmp_path):
+    published = test_data / "lod_brain_weights" / "weights_lv1.h5"
+    command = ["weights", "import", str(published), "-o", str(tmp_path / "imported.pt")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert weight_files.load(tmp_path / "imported.pt").hash == weight_files.load(published).hash
+    again = CliRunner().invoke(app, command)
+    assert isinstance(again.exception, InputError) and "exists already" in str(again.exception)

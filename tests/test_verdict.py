@@ -71,7 +71,14 @@ def test_a_brain_at_the_edge_of_the_field_of_view():
     areas = {face: area for face, area in cut_cm2(classes, scan).items() if area}
     assert areas == {"left": 196.0}  # 14 × 14 voxels of 1 cm²
     found = judge(classes, scan, LOD7)
-    assert found.verdict == "review" and "the left face of the field of view cuts 196 cm²" in found.reasons[0]
+    assert found.verdict == "fail" and "the left face of the field of view cuts 196 cm²" in found.reasons[0]
+
+
+def test_a_small_cut_asks_for_a_review():
+    classes, scan = _head()
+    classes[0, 1, 1:4] = 1
+    found = judge(classes, scan, LOD7)
+    assert found.verdict == "review" and "the left face of the field of view cuts 3 cm² of brain; at most 2 cm²" in found.reasons[0]
 
 
 def test_a_face_is_named_by_the_patient_not_by_the_array():

@@ -50,7 +50,7 @@ def outcomes(test_data, manifest, tmp_path_factory) -> dict[str, Outcome]:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("zoo")
     network = LODBrain(LODBrainConfig(widths=(2, 2, 4)))
-    weight_files.save(folder / "tiny.pt", network, name="tiny", protocol="lod7", grid="8mm", provenance={})
+    weight_files.save(folder / "tiny.pt", network, name="lod_brain", protocol="lod7", grid="8mm", provenance={})
     paths = [test_data / "zoo" / row["file"] for row in manifest]
     done = segment(paths, out=folder / "out", weights=folder / "tiny.pt", postprocess="none")
     assert [outcome.path.name for outcome in done] == [row["file"] for row in manifest]

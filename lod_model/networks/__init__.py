@@ -1,12 +1,13 @@
 """The networks, by name. One file each; a file is imported when its network is built, not before.
 
-A new network is a file here with a function that takes a plain dict of its configuration and returns the module, and a
-line below. The module it returns has ``config.to_dict()``, which gives that dict back, complete, for the checkpoint.
+A new network is a file here and a line below. Its class has ``from_dict(config)``, a class method that builds the network
+from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for the checkpoint, and ``multiple``, which every
+side of an image must be a multiple of. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
 ('lod_brain',)
->>> type(build("lod_brain", {"levels": 1, "coarse_pool": 4})).__name__
-'LODBrain'
+>>> build("lod_brain", {"levels": 1}).config.levels
+1
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from data_registry.errors import InputError
+
 if TYPE_CHECKING:
     from torch import nn
 
-NETWORKS = {                                   # name → module in this folder : function
-    "lod_brain": "lod_brain:build",
+NETWORKS = {                                   # name → module of this folder : class
+    "lod_brain": "lod_brain:LODBrain",
 }
 
 
@@ -28,8 +31,29 @@ def names() -> tuple[str, ...]:
 
 
 def build(name: str, config: dict | None = None) -> nn.Module:
-    """The network ``name`` with this configuration, defaults for what it leaves out. ValueError for an unknown name or key."""
+    """The network ``name`` with this configuration, defaults for what it leaves out.
+
+    InputError (a ValueError) for an unknown name, key or value.
+    """
+    return _made(name, "from_dict", config)
+
+
+def build_coarse(name: str, config: dict | None = None) -> nn.Module | None:
+    """The network that the coarse stage trains on the way to ``build(name, config)``; None if it has no such stage."""
+    return _made(name, "coarse_from_dict", config)
+
+
+def load_coarse(net: nn.Module, coarse: nn.Module, *, freeze: bool = False) -> None:
+    """Put what the coarse stage learned into ``net``; ``freeze`` holds it still there."""
+    net.load_coarse(coarse, freeze=freeze)
+
+
+def _made(name: str, how: str, config: dict | None) -> nn.Module | None:
     if name not in NETWORKS:
-        raise ValueError(f"network: {name!r}, wanted one of {', '.join(names())}")
-    module, function = NETWORKS[name].split(":")
-    return getattr(import_module(f"{__name__}.{module}"), function)(config or {})
+        raise InputError(f"network {name!r} is not known; one of {', '.join(names())} is wanted")
+    module, network = NETWORKS[name].split(":")
+    maker = getattr(getattr(import_module(f"{__name__}.{module}"), network), how, lambda _: None)
+    try:
+        return maker(config or {})
+    except ValueError as error:
+        raise InputError(f"network {name}: {error}") from None

@@ -24,7 +24,7 @@ Our deviations, each the same function up to rounding:
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 L2_WEIGHT = 1e-4
-FREEZE = ("none", "coarse")
+COARSE_POOL = 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +244,6 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    @torch.compiler.disable   # the loop over slabs would be unrolled, and fused sums would be fp32 again
     def forward(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
@@ -415,30 +414,30 @@ class LODBrain(nn.Module):
         kernels = [m.weight for m in self.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d) and m not in stems]
         return weight * torch.stack([kernel.float().square().sum() for kernel in kernels]).sum()
 
-    def freeze(self, which: str) -> None:
-        """``none``: everything trains, as in the release. ``coarse``: all levels but the finest stand; the head trains."""
-        if which not in FREEZE:
-            raise ValueError(f"freeze: {which!r}, wanted one of {', '.join(FREEZE)}")
-        for level in self.levels[:-1]:
-            level.requires_grad_(which == "none")
+    def load_coarse(self, coarse: LODBrain, *, freeze: bool = False) -> None:
+        """Start this stage from the one before: every tensor of ``coarse``, head included, into the levels it has here.
 
+        ``coarse`` has fewer levels and the same classes, widths, groups and epsilon: ValueError if not. The finer levels
+        keep their initial values. ``freeze`` holds the loaded levels still; the head, which all levels share, trains on.
+        The published weights were trained with nothing held still.
+        """
+        if coarse.config.levels >= self.config.levels:
+            raise ValueError(f"coarse: {coarse.config.levels} levels, wanted fewer than the network's {self.config.levels}")
+        for field in ("classes", "widths", "groups", "epsilon"):
+            came, wanted = getattr(coarse.config, field), getattr(self.config, field)
+            if came != wanted:
+                raise ValueError(f"coarse: {field} {came}, wanted {wanted}")
+        self.load_state_dict(self.state_dict() | coarse.state_dict())
+        if freeze:
+            self.levels[: coarse.config.levels].requires_grad_(False)
 
-def load_coarse(net: LODBrain, coarse: LODBrain, *, freeze: str = "none") -> None:
-    """Start a stage from the one before: every tensor of ``coarse``, head included, into the levels of ``net``.
+    @classmethod
+    def from_dict(cls, config: dict) -> LODBrain:
+        """The network of a plain dict, as a checkpoint or ``params.yaml`` has it."""
+        return cls(LODBrainConfig.from_dict(config))
 
-    ``net`` has one level more and otherwise the same widths, classes and groups: ValueError if not. The finest level
-    keeps its initial values.
-    """
-    if coarse.config.levels != net.config.levels - 1:
-        raise ValueError(f"coarse: {coarse.config.levels} level(s), wanted {net.config.levels - 1} for a network of {net.config.levels}")
-    for field in ("classes", "widths", "groups", "epsilon"):
-        came, wanted = getattr(coarse.config, field), getattr(net.config, field)
-        if came != wanted:
-            raise ValueError(f"coarse: {field} {came}, wanted {wanted}")
-    net.load_state_dict(net.state_dict() | coarse.state_dict())
-    net.freeze(freeze)
-
-
-def build(config: dict) -> LODBrain:
-    """The network of a plain dict, as a checkpoint or ``params.yaml`` has it."""
-    return LODBrain(LODBrainConfig.from_dict(config))
+    @classmethod
+    def coarse_from_dict(cls, config: dict) -> LODBrain | None:
+        """The one level, behind max-pool 4, that stage 0 trains for this network; None if the network is one level anyway."""
+        config = LODBrainConfig.from_dict(config)
+        return None if config.levels == 1 else cls(replace(config, levels=1, coarse_pool=COARSE_POOL))
