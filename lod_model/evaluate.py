@@ -157,8 +157,8 @@ def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender],
     CASES.mkdir(parents=True)
     scores: dict[tuple, list[float]] = {}
     for row in rows:
-        if row["metric"] == "dice" and row["role"] == "external_test" and row["network"] != "atlas":
-            scores.setdefault((row["run"], row["fold"], row["scan_id"]), []).append(row["value"] or 0.0)
+        if row["metric"] == "dice" and row["role"] == "external_test" and row["network"] != "atlas" and row["value"] is not None:
+            scores.setdefault((row["run"], row["fold"], row["scan_id"]), []).append(row["value"])
     for run in dict.fromkeys(key[0] for key in scores):
         worst = sorted((float(np.mean(values)), key) for key, values in scores.items() if key[0] == run)[:WORST_CASES]
         for rank, (score, (_, fold, scan_id)) in enumerate(worst):

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from scipy import ndimage
 
 from data_registry.files import replacing
@@ -104,5 +105,6 @@ def _window(grey: np.ndarray) -> tuple[float, float]:
 
 def _mark(axis, letters: str) -> None:
     places = ((0.02, 0.5, "left", "center"), (0.98, 0.5, "right", "center"), (0.5, 0.98, "center", "top"), (0.5, 0.02, "center", "bottom"))
+    rim = [withStroke(linewidth=3, foreground="black")]
     for letter, (x, y, ha, va) in zip(letters, places, strict=True):
-        axis.text(x, y, letter, transform=axis.transAxes, color="#ffe45e", fontsize=12, fontweight="bold", ha=ha, va=va)
+        axis.text(x, y, letter, transform=axis.transAxes, color="#ffe45e", fontsize=13, fontweight="bold", ha=ha, va=va, path_effects=rim)

@@ -35,7 +35,7 @@ from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
 from lod_model.overlay import write_overlay
 from lod_model.predict import predict
-from lod_model.verdict import judge, volumes_ml
+from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
 
 _LOG = logging.getLogger(__name__)
 _DESCRIPTION = "lodbrain"
@@ -254,8 +254,8 @@ def _segment_one(path: Path, front: Path, weights: weight_files.Weights, postpro
     """Write one scan's outputs but the sidecar; returns what the sidecar says of them."""
     protocol = protocols.load(weights.protocol)
     scan = load_image(path)
-    classes, warnings = classes_of(scan, weights=weights, postprocess=postprocess, threads=threads)
-    verdict = judge(classes, scan, protocol, warnings=warnings)
+    classes, warnings, grave = classes_of(scan, weights=weights, postprocess=postprocess, threads=threads)
+    verdict = judge(classes, scan, protocol, warnings=grave)
     volumes = volumes_ml(classes, scan, protocol)
     save_volume(_file(front, "dseg.nii.gz"), classes, scan.affine)
     _write_text(_file(front, "dseg.tsv"), _label_table(protocol))
@@ -276,12 +276,18 @@ def _segment_one(path: Path, front: Path, weights: weight_files.Weights, postpro
 
 def classes_of(
     scan: Volume, *, weights: weight_files.Weights, postprocess: str = "none", threads: int | None = None
-) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class indices (I, J, K) uint8 of a scan on its own grid, and what reading and conforming warned of."""
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Class indices (I, J, K) uint8 of a scan on its own grid, all warnings of reading and conforming, and those that touch the labels.
+
+    That the scan is larger than the grid touches the labels only if they reach the grid's edge: beyond it is mostly air.
+    """
     conformed = conform(scan, grid=weights.grid)
     probabilities = predict(weights.network, conformed.data, threads=threads)  # (C, D, H, W)
     probabilities = cleaning.postprocess(probabilities, method=postprocess)
-    return probabilities_to_native(probabilities, conformed.placement), conformed.warnings
+    on_grid = Volume(cleaning.hard_classes(probabilities), conformed.placement.affine)
+    at_edge = max(cut_cm2(on_grid.data, on_grid).values()) > MAX_CUT_CM2
+    native = probabilities_to_native(probabilities, conformed.placement)
+    return native, conformed.warnings, conformed.warnings if at_edge else scan.warnings
 
 
 def _write_text(path: Path, content: str) -> None:

@@ -75,9 +75,8 @@ class Tracker:
 def git_revision() -> str:
     """The checkout's commit, marked if tracked files differ from it; ``unknown`` outside git."""
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, timeout=10, check=True, cwd=Path(__file__).parent
-        )
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return answer.stdout.strip()

@@ -5,6 +5,7 @@ are skipped, a stopped one resumes at its last epoch. The choice of a checkpoint
 """
 
 import argparse
+import functools
 import json
 import logging
 import shutil
@@ -62,7 +63,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
         for done, (fold, roles) in enumerate(todo.items()):
             child = tracker.run(f"{run}/{identity[:16]}/{fold}", name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
-            _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=lambda note: progress.update(bar, advance=1, note=note))
+            _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=functools.partial(progress.update, bar, advance=1))
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
 
@@ -180,7 +181,7 @@ def _History(tick, tracker: Tracker, child: str, level: str):
             figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
             self.rows.append({"epoch": trainer.current_epoch, **figures})
             tracker.metrics(child, {f"{level}_{name}": value for name, value in figures.items()}, step=trainer.current_epoch)
-            tick(f"{level} val Dice {figures.get('val_dice', float('nan')):.3f}")
+            tick(note=f"{level} val Dice {figures.get('val_dice', float('nan')):.3f}")
 
         def state_dict(self) -> dict:
             return {"rows": self.rows}

@@ -94,7 +94,7 @@ def test_left_is_left_in_all_48_orientations(tmp_path, order, flips):
     phantom = _phantom()
     path = _saved(tmp_path / "scan.nii.gz", _reordered(phantom, order, flips))
     scan = load_image(path)
-    classes, _ = classes_of(scan, weights=_stub(Threshold(), "4mm"), postprocess="components")
+    classes, *_ = classes_of(scan, weights=_stub(Threshold(), "4mm"), postprocess="components")
     centre = _centre_mm(classes == MARKER, scan.affine)
     assert np.allclose(centre, _centre_mm(phantom.data == 200, phantom.affine), atol=1.0), scan.orientation
     assert centre[0] < _centre_mm(classes == BODY, scan.affine)[0], "the patient's left has the lower x in RAS"
@@ -108,7 +108,7 @@ def test_left_is_left_in_an_oblique_scan(degrees):
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     turn = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     scan = Volume(phantom.data, turn @ phantom.affine)
-    classes, _ = classes_of(scan, weights=_stub(Threshold(), "4mm"))
+    classes, *_ = classes_of(scan, weights=_stub(Threshold(), "4mm"))
     assert np.allclose(_centre_mm(classes == MARKER, scan.affine), _centre_mm(phantom.data == 200, scan.affine), atol=1.0)
 
 
@@ -120,7 +120,7 @@ def test_anisotropic_and_finer_scans_come_back_on_their_own_grid(voxel_mm):
     body = tuple(slice(int(0.2 * n), int(0.8 * n)) for n in shape)
     data[body] = 100
     data[tuple(slice(int(0.3 * n), int(0.5 * n)) for n in shape)] = 200
-    classes, _ = classes_of(Volume(data, affine), weights=_stub(Threshold(), "2mm"))
+    classes, *_ = classes_of(Volume(data, affine), weights=_stub(Threshold(), "2mm"))
     assert classes.shape == shape
     assert np.allclose(_centre_mm(classes == MARKER, affine), _centre_mm(data == 200, affine), atol=1.0)
     both = 2 * ((classes == MARKER) & (data == 200)).sum() / ((classes == MARKER).sum() + (data == 200).sum())
@@ -137,6 +137,15 @@ def test_a_scan_larger_than_the_grid_keeps_its_shape_and_says_so(tmp_path):
     assert labels.shape == data.shape and (labels[data == 200] == MARKER).mean() > 0.9
     assert not labels[:, :, :15].any()  # outside the grid of 256 mm
     assert outcome.verdict != "pass" and any("longer than the grid" in reason for reason in outcome.reasons)
+
+
+def test_air_beyond_the_grid_is_noted_but_asks_for_no_review():
+    data = np.zeros((66, 60, 60), dtype=np.float32)  # 264 mm along the first axis
+    data[20:45, 20:45, 20:45] = 100
+    data[22:30, 22:30, 22:30] = 200
+    _, warnings, grave = classes_of(Volume(data, np.diag([4.0, 4, 4, 1]), warnings=("left and right?",)), weights=_stub(Threshold(), "2mm"))
+    assert warnings == ("left and right?", "the scan is 8 mm longer than the grid and is cut at both ends")
+    assert grave == ("left and right?",)
 
 
 # --- predict ------------------------------------------------------------------------------------------------------------
