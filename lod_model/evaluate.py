@@ -5,7 +5,6 @@ reference weights of ``params.yaml``. Scores are on the shards' grid, prediction
 split and data stand already are kept. The worst held-out cases go to ``tables/cases/`` for the report.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from data_registry.schema import RESULTS, read_table, table_metadata, write_tabl
 from lod_model import metrics
 from lod_model.data import TABLES, Scan, all_folds
 from lod_model.tracking import Tracker
-from lod_model.train import fold_folder
+from lod_model.train import fold_folder, run_key
 
 log = logging.getLogger("lodbrain.evaluate")
 RESULTS_TABLE = TABLES / "results.parquet"
@@ -177,12 +176,11 @@ def _track(rows: list[dict], params: Params) -> None:
         run = params.run_name(network)
         own = [row for row in rows if row["run"] == run]
         folds = sorted({row["fold"] for row in own})
-        identity = json.loads((fold_folder(run, folds[0]) / "fold.json").read_text(encoding="utf-8"))["fingerprint"][:16]
-        parent = tracker.run(f"{run}/{identity}", name=run)
+        parent = tracker.run(run_key(run), name=run)
         tracker.metrics(parent, _figures(own))
         tracker.finish(parent)
         for fold in folds:
-            child = tracker.run(f"{run}/{identity}/{fold}", name=f"{run}-fold-{fold}", parent=parent)
+            child = tracker.run(run_key(run, fold), name=f"{run}-fold-{fold}", parent=parent)
             tracker.metrics(child, _figures([row for row in own if row["fold"] == fold]))
             tracker.finish(child)
 

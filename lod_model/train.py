@@ -54,7 +54,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
         return
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     tags = {"split_hash": split_hash, "data_hash": data_hash, "network": network}
-    parent = tracker.run(f"{run}/{identity[:16]}", name=run, tags=tags)
+    parent = tracker.run(f"{run}/{identity[:16]}", name=run, tags=tags | {"role": "parent"})
     tracker.params(parent, _flat(params))
     epochs = params.train.coarse.epochs + params.train.fine.epochs
     columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
@@ -71,6 +71,15 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
 def fold_folder(run: str, fold: int) -> Path:
     """Where a fold's weights stand, below the current folder."""
     return CHECKPOINTS / run / f"fold-{fold}"
+
+
+def run_key(run: str, fold: int | None = None) -> str | None:
+    """The unique tag of a trained run (or of one of its folds) in MLflow; None if no fold is finished."""
+    folds = sorted((CHECKPOINTS / run).glob("fold-*/fold.json"))
+    if not folds:
+        return None
+    identity = json.loads(folds[0].read_text(encoding="utf-8"))["fingerprint"]
+    return f"{run}/{identity[:16]}" if fold is None else f"{run}/{identity[:16]}/{fold}"
 
 
 def _finished(run: str, fold: int) -> str | None:

@@ -72,7 +72,8 @@ def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, *, 
     for row in (row for item in todo for row in item["scans"]):
         if row["database"] not in databases:
             raise InputError(f"database {row['database']} of {SCANS_TABLE} is below no root of params.yaml; run `python -m pipelines.index` again")
-    items = [(str(SHARD_FOLDER.resolve()), item, {r["database"]: str(databases[r["database"]].resolve()) for r in item["scans"]}, settings) for item in todo]
+    roots = {name: str(root.resolve()) for name, root in databases.items()}
+    items = [(str(SHARD_FOLDER.resolve()), item, {r["database"]: roots[r["database"]] for r in item["scans"]}, settings) for item in todo]
     columns = (TextColumn("harmonise"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} quarantined"), TimeRemainingColumn())
     failed = []
     with Progress(*columns, console=Console(stderr=True)) as progress:

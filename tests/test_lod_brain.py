@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from data_registry.errors import InputError
 from lod_model import networks, weights
-from lod_model.networks.lod_brain import GroupNorm, LODBrain, LODBrainConfig, Plain, UpPlain, group_moments
+from lod_model.networks.group_norm import GroupNorm, group_moments
+from lod_model.networks.lod_brain import LODBrain, LODBrainConfig, Plain, UpPlain
 
 COARSE = LODBrainConfig(levels=1, coarse_pool=4)
 RELEASED = LODBrainConfig()

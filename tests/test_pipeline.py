@@ -54,7 +54,8 @@ def project(tmp_path_factory) -> Path:
     volume = load_image(bad / "sub-91/anat/sub-91_T1w.nii.gz")
     save_volume(bad / "sub-91/anat/sub-91_T1w.nii.gz", np.full(volume.data.shape, 5, np.int16), volume.affine)
     labels = load_labels(bad / "derivatives/freesurfer/sub-92/mri/aparc+aseg.mgz")
-    save_volume(bad / "derivatives/freesurfer/sub-92/mri/aparc+aseg.mgz", np.where(labels.data == 10, 9999, labels.data).astype(np.int32), labels.affine)
+    unnamed = np.where(labels.data == 10, 9999, labels.data).astype(np.int32)
+    save_volume(bad / "derivatives/freesurfer/sub-92/mri/aparc+aseg.mgz", unnamed, labels.affine)
     moved = labels.affine.copy()
     moved[0, 3] += 200
     save_volume(bad / "derivatives/freesurfer/sub-93/mri/aparc+aseg.mgz", labels.data.astype(np.int32), moved)

@@ -16,7 +16,7 @@ from data_registry import protocol
 from data_registry.errors import InputError
 from data_registry.params import load_params
 from data_registry.schema import write_table
-from lod_model import report, report_figures
+from lod_model import report, report_figures, report_tables
 
 PLACES = ("Bergen", "Cádiz", "Delft", "Évora")
 FOLDS = (("Bergen", "Cádiz"), ("Delft", "Évora"))
@@ -119,7 +119,7 @@ def test_internal_external_pairs_the_same_scan(project):
 def test_folds_and_quarantine(project):
     folds = rows_of(project[0] / "reports/folds.tsv")
     assert [f["held_out"] for f in folds] == ["Bergen, Cádiz", "Delft, Évora"]
-    assert [[f[role] for role in report.ROLES] for f in folds] == [["2", "2", "2", "6", "0"]] * 2
+    assert [[f[role] for role in report_tables.ROLES] for f in folds] == [["2", "2", "2", "6", "0"]] * 2
     left_out = {r["scan_id"]: (r["stage"], r["reason"]) for r in rows_of(project[0] / "reports/quarantine.tsv")}
     assert left_out == {"db_sub-sheared": ("index", "sheared by <4> degrees"), "db_sub-blank": ("harmonise", "no voxel is labelled")}
     for name in left_out:
