@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import protocol, shards
 from data_registry.conform import conform, labels_to_grid
@@ -14,29 +14,7 @@ from data_registry.files import sha256
 from data_registry.schema import read_table
 from data_registry.volume import load_image, load_labels, save_volume
 
-CHECKOUT = Path(__file__).parents[1]
 PARAMS = "index:\n  roots: [roots]\nharmonise: {grid: 8mm, shards_per_site: 3}\nsplit: {folds: 3}\n"
-IDS = np.array([0, 2, 3, 4, 10, 8, 16, 1012, 2012, 251])
-
-
-def add_subject(root: Path, subject: str, *, seed: int, voxel_mm: float = 6.0) -> None:
-    """A ball of nested shells as a head, with FreeSurfer ids, on an array whose axes point anterior, superior, left."""
-    generator = np.random.default_rng(seed)
-    shape = (26, 30, 24)
-    affine = np.array([[0, 0, -voxel_mm, 70], [voxel_mm, 0, 0, -80], [0, voxel_mm, 0, -90], [0, 0, 0, 1]], dtype=float)
-    centre = np.array(shape) / 2 + generator.uniform(-1, 1, 3)
-    radius = np.linalg.norm(np.indices(shape) - centre[:, None, None, None], axis=0)
-    shell = np.clip(10 - radius, 0, 9).astype(int)
-    labels = IDS[shell]
-    save_volume(root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz", (shell * 20 + generator.normal(0, 3, shape)).astype(np.int16), affine)
-    save_volume(root / f"derivatives/freesurfer/sub-{subject}/mri/aparc+aseg.mgz", labels.astype(np.int32), affine)
-    (root / "dataset_description.json").write_text(json.dumps({"Name": root.name, "BIDSVersion": "1.10.0"}))
-
-
-def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """Three databases of three people, with four scans that cannot be used; indexed, harmonised and split once."""

@@ -1,0 +1,31 @@
+"""Small BIDS databases for tests of the stages: balls of nested shells as heads, with FreeSurfer ids."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from data_registry.volume import save_volume
+
+CHECKOUT = Path(__file__).parents[1]
+IDS = np.array([0, 2, 3, 4, 10, 8, 16, 1012, 2012, 251])
+
+
+def add_subject(root: Path, subject: str, *, seed: int, voxel_mm: float = 6.0) -> None:
+    """A ball of nested shells as a head, with FreeSurfer ids, on an array whose axes point anterior, superior, left."""
+    generator = np.random.default_rng(seed)
+    shape = (26, 30, 24)
+    affine = np.array([[0, 0, -voxel_mm, 70], [voxel_mm, 0, 0, -80], [0, voxel_mm, 0, -90], [0, 0, 0, 1]], dtype=float)
+    centre = np.array(shape) / 2 + generator.uniform(-1, 1, 3)
+    radius = np.linalg.norm(np.indices(shape) - centre[:, None, None, None], axis=0)
+    shell = np.clip(10 - radius, 0, 9).astype(int)
+    labels = IDS[shell]
+    save_volume(root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz", (shell * 20 + generator.normal(0, 3, shape)).astype(np.int16), affine)
+    save_volume(root / f"derivatives/freesurfer/sub-{subject}/mri/aparc+aseg.mgz", labels.astype(np.int32), affine)
+    (root / "dataset_description.json").write_text(json.dumps({"Name": root.name, "BIDSVersion": "1.10.0"}))
+
+
+def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=folder, capture_output=True, text=True, timeout=300)

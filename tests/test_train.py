@@ -1,0 +1,178 @@
+"""Training: nothing held out is ever read, finished folds stand, augmentation knows (seed, epoch, sample) alone, what is logged is there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_heads import CHECKOUT, add_subject, run
+
+from data_registry import protocol
+from data_registry.params import load_params
+from data_registry.schema import read_table
+from lod_model import evaluate, weights
+from lod_model.augment import augment, sample_seed
+from lod_model.data import EpochOrder, SampleDataset, all_folds, epoch_order
+from lod_model.train import fold_folder, train
+
+PARAMS = """
+index: {roots: [roots]}
+harmonise: {grid: 16mm, shards_per_site: 2}
+split: {folds: 3}
+train:
+  coarse: {epochs: 2, learning_rate: 0.01}
+  fine: {epochs: 2, learning_rate: 0.01}
+  network: {widths: [2, 4, 8]}
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """Three places of four people, harmonised and split."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "params.yaml").write_text(PARAMS)
+    (folder / "pipelines").symlink_to(CHECKOUT / "pipelines")
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        for subject in range(4):
+            add_subject(folder / "roots" / name, f"{subject:02d}", seed=10 * number + subject)
+    for stage in ("index", "harmonise", "split"):
+        done = run(folder, f"pipelines.{stage}")
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def inside(project, monkeypatch) -> Path:
+    monkeypatch.chdir(project)
+    return project
+
+
+def test_what_is_held_out_is_never_read(inside, monkeypatch):
+    """Fold 0 gives the same weights when no held-out file can be opened."""
+    params, folds = load_params(), all_folds()
+    train("lod_brain", params, {0: folds[0]})
+    first = weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt")
+    assert first.grid == "16mm" and first.protocol == "lod7"
+    assert not {scan.site for scan in folds[0]["external_test"]} & {site.split(".")[1] for site in first.provenance["trained_on"]}
+    (fold_folder("lod_brain-base-0", 0) / "fold.json").unlink()
+    held = {scan.shard for scan in folds[0]["external_test"]}
+    unseen = {scan.scan_id for scan in folds[0]["internal_test"]}
+    for path in held:
+        path.rename(path.with_suffix(".away"))
+    try:
+        monkeypatch.setattr("lod_model.data.read_row", guarded(unseen, folds))
+        train("lod_brain", params, {0: folds[0]})
+    finally:
+        for path in held:
+            path.with_suffix(".away").rename(path)
+    assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == first.hash
+
+
+def guarded(unseen: set[str], folds):
+    """read_row that refuses the rows of scans that training must not see."""
+    from data_registry.shards import read_row
+
+    forbidden = {(scan.shard, scan.row_group) for role in folds[0].values() for scan in role if scan.scan_id in unseen}
+    assert forbidden
+
+    def read(path, row_group, columns):
+        assert (path, row_group) not in forbidden, f"training read row {row_group} of {path}"
+        return read_row(path, row_group, columns)
+
+    return read
+
+
+def test_all_folds_then_scores_then_nothing_more(inside, caplog):
+    params, folds = load_params(), all_folds()
+    train("lod_brain", params, folds)
+    done = [json.loads((fold_folder("lod_brain-base-0", fold) / "fold.json").read_text()) for fold in folds]
+    assert [list(fold["stages"]) for fold in done] == [["coarse", "fine"]] * 3
+    assert sorted(p.name for p in fold_folder("lod_brain-base-0", 1).iterdir()) == ["fold.json", "weights.pt"]
+    with caplog.at_level("INFO", "lodbrain"):
+        train("lod_brain", params, folds)
+    assert "3 folds, 0 to train" in caplog.text
+    evaluate.main()
+    rows = read_table("tables/results.parquet", "results").to_pandas()
+    table = protocol.load("lod7")
+    scans = {scan.scan_id for fold in folds.values() for scan in fold["external_test"]}
+    for run_name in ("lod_brain-base-0", "atlas-base-0"):
+        external = rows[(rows.run == run_name) & (rows.role == "external_test") & (rows.metric == "dice")]
+        assert sorted(external.scan_id) == sorted(list(scans) * 6) and set(external.structure) == set(table.foreground)
+    check_one_row_by_hand(folds, rows)
+    times = Path("tables/results.parquet").stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "_score", lambda *_: pytest.fail("a row that stands was scored again"))
+        evaluate.main()
+    assert Path("tables/results.parquet").stat().st_mtime_ns > times
+    assert read_table("tables/results.parquet", "results").to_pandas().equals(rows)
+
+
+def check_one_row_by_hand(folds, rows):
+    """One scan of the atlas: a vote over the fold's training scans, and Dice, written out."""
+    scan, table = folds[1]["external_test"][0], protocol.load("lod7")
+    votes = np.stack([s.classes(table) for s in folds[1]["train"]])
+    atlas = np.stack([(votes == c).sum(axis=0) for c in range(7)]).argmax(axis=0)
+    truth = scan.classes(table)
+    mine = 2 * ((atlas == 3) & (truth == 3)).sum() / ((atlas == 3).sum() + (truth == 3).sum())
+    row = rows[(rows.run == "atlas-base-0") & (rows.scan_id == scan.scan_id) & (rows.fold == 1) & (rows.metric == "dice") & (rows.structure == "white matter")]
+    assert row.value.item() == pytest.approx(mine)
+
+
+def test_mlflow_has_a_parent_and_a_child_a_fold(inside):
+    """Runs after the stages above, on the store they wrote."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{inside / 'mlflow/mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "base"]
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs.pop("lod_brain-base-0")
+    assert sorted(runs) == [f"lod_brain-base-0-fold-{fold}" for fold in range(3)]
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
+    assert parent.data.params["train.fine.epochs"] == "2" and not any(key.startswith("resources") for key in parent.data.params)
+    assert 0 <= parent.data.metrics["external_dice"] <= 1 and len(parent.data.metrics) <= 50
+    assert parent.info.status == "FINISHED" and len(parent.data.tags["split_hash"]) == 64
+
+
+@pytest.mark.parametrize("level", ["coarse", "fine"])
+def test_a_sample_depends_on_seed_epoch_and_name_alone(inside, level):
+    scans = all_folds()[0]["train"]
+    data = SampleDataset(scans, level=level, protocol="lod7", augmentation="light", seed=3)
+    torch.manual_seed(1)
+    first = data[4, 1]
+    state = torch.get_rng_state()
+    again = SampleDataset(scans, level=level, protocol="lod7", augmentation="light", seed=3)[4, 1]
+    assert torch.equal(torch.get_rng_state(), state)  # and it draws from nobody else's generator
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first["image"], data[5, 1]["image"])
+    plain = SampleDataset(scans, level=level, protocol="lod7")[4, 1]
+    if level == "fine":
+        assert abs(float(plain["image"].mean())) < 1e-5 and float(plain["image"].std(correction=0)) == pytest.approx(1, abs=1e-4)
+    else:
+        assert torch.allclose(first["target"].sum(0), torch.ones(()), atol=1e-4)
+
+
+def test_a_flip_swaps_sided_classes():
+    image = np.zeros((8, 8, 8), np.uint8)
+    image[:4] = 200
+    target = np.where(image > 0, 1, 2).astype(np.uint8)
+    mirrored = np.array([0, 2, 1])  # classes 1 and 2 are left and right of one structure
+    seeds = [sample_seed(0, epoch, "s") for epoch in range(40)]
+    seen = set()
+    for seed in seeds:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lod_model.augment._render", lambda image, target, seed: (image, target))
+            moved_image, moved = augment(image, target, preset="light", seed=seed, mirrored=mirrored)
+        flipped = moved_image[0, 0, 0] == 0
+        seen.add(bool(flipped))
+        assert np.array_equal(moved, target)  # swapped sides and swapped names: the same map
+        assert np.array_equal(moved_image, image[::-1] if flipped else image)
+    assert seen == {True, False}
+
+
+def test_order_is_a_pure_function(inside):
+    scans = all_folds()[0]["train"]
+    order = EpochOrder(scans, seed=5)
+    order.set_epoch(2)
+    assert list(order) == list(order) and sorted(i for _, i in order) == list(range(len(scans)))
+    assert not np.array_equal(epoch_order(["a"] * 20, 5, 2, 1.0), epoch_order(["a"] * 20, 5, 3, 1.0))
