@@ -213,7 +213,7 @@ def probabilities_to_native(probabilities: np.ndarray, placement: Placement) -> 
     for index, one in enumerate(probabilities):
         native = resample_linear(np.asarray(one, dtype=np.float32), to_grid, placement.native_shape)
         if best is None:
-            best = native
+            best = native.copy()  # on the same grid it is a view of the argument
             continue
         larger = native > best
         winner[larger] = index

@@ -91,7 +91,8 @@ class Train(_Section):
     freeze_coarse: bool = False
     """Hold the coarse level still in the fine stage; the published weights were trained with it free."""
     batch_size: Count = 1
-    precision: Literal["32", "bf16-mixed"] = "32"
+    precision: Literal["32", "bf16-mixed", "auto"] = "32"
+    """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
     augmentation: Literal["none", "light"] = "light"
     network: dict = {}
     """Overrides of the network's own configuration, e.g. widths."""

@@ -166,7 +166,7 @@ def _fit(net, level: str, params: Params, fold: int, roles: dict[str, list[Scan]
     validated = bool(roles.get("val"))
     callbacks = [history, last, *([best, EarlyStopping("val_loss", patience=settings.stop_patience)] if validated else [])]
     trainer = Trainer(
-        max_epochs=getattr(settings, level).epochs, precision="32-true" if settings.precision == "32" else settings.precision, callbacks=callbacks,
+        max_epochs=getattr(settings, level).epochs, precision=precision_of(settings.precision), callbacks=callbacks,
         logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     resume = folder / level / "last.ckpt"
@@ -175,7 +175,17 @@ def _fit(net, level: str, params: Params, fold: int, roles: dict[str, list[Scan]
     chosen = best.best_model_path if validated and best.best_model_path else resume
     module.load_state_dict(torch.load(chosen, weights_only=True)["state_dict"])
     score = float(best.best_model_score) if validated and best.best_model_score is not None else float("nan")
-    return {"epochs": trainer.current_epoch, "val_dice": score, "history": history.rows}
+    return {"epochs": trainer.current_epoch, "val_dice": score, "precision": trainer.precision, "history": history.rows}
+
+
+def precision_of(name: str) -> str:
+    """Lightning's name of a precision; ``auto`` looks at the device."""
+    import torch
+
+    if name == "auto":
+        has_bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        name = "bf16-mixed" if has_bf16 else "32"
+    return "32-true" if name == "32" else name
 
 
 def _History(tick, tracker: Tracker, child: str, level: str):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data_registry.conform import place_grid, probabilities_to_native
 from data_registry.errors import InputError
 from data_registry.volume import Volume, load_image, load_labels, save_volume
 from lod_model import weights as weight_files
@@ -146,6 +147,16 @@ def test_air_beyond_the_grid_is_noted_but_asks_for_no_review():
     _, warnings, grave = classes_of(Volume(data, np.diag([4.0, 4, 4, 1]), warnings=("left and right?",)), weights=_stub(Threshold(), "2mm"))
     assert warnings == ("left and right?", "the scan is 8 mm longer than the grid and is cut at both ends")
     assert grave == ("left and right?",)
+
+
+def test_the_way_back_leaves_the_probabilities_alone():
+    """On the scan's own grid nothing is interpolated, and what is not copied could be overwritten."""
+    scan = Volume(np.zeros((64, 64, 64), dtype=np.float32), np.array([[-4.0, 0, 0, 0], [0, 0, 4, 0], [0, -4, 0, 0], [0, 0, 0, 1]]))
+    placement = place_grid(scan, "4mm")
+    probabilities = np.random.default_rng(0).random((3, 64, 64, 64), dtype=np.float32)
+    before = probabilities.copy()
+    assert np.array_equal(probabilities_to_native(probabilities, placement), before.argmax(axis=0))
+    assert np.array_equal(probabilities, before)
 
 
 # --- predict ------------------------------------------------------------------------------------------------------------
