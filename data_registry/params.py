@@ -107,7 +107,8 @@ class Train(_Section):
 class Evaluate(_Section):
     """Scores on held-out places and unseen people."""
 
-    postprocess: Literal["none", "components", "release"] = "none"
+    postprocess: Literal["none", "components", "release"] = "components"
+    """As in `lodbrain segment`, so that what is measured is what ships."""
     reference_weights: tuple[str, ...] = ()
     """Weight files scored beside the trained folds, e.g. imported ones."""
 

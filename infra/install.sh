@@ -17,19 +17,19 @@ case $build in cpu|cuda) ;; *) echo "error: TORCH=$build; cpu or cuda is wanted"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 echo "installing into $venv, torch build: $build (a few minutes the first time)"
-pip install --quiet 'pip==26.3'
+pip install --quiet --quiet 'pip==26.3'
 have=$(pip list --format=freeze 2>/dev/null | sed -n 's/^torch==//p')
 case $build in
 cpu)
     case "$(uname -s)/$have" in
     */*+cpu) ;;
-    Darwin/*) pip install --quiet --no-deps "$torch" ;;
-    *) pip install --quiet --no-deps "$torch+cpu" 2>/dev/null ||
-       pip install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" ;;
+    Darwin/*) pip install --quiet --quiet --no-deps "$torch" ;;
+    *) pip install --quiet --quiet --no-deps "$torch+cpu" 2>/dev/null ||
+       pip install --quiet --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "$torch" ;;
     esac ;;
 cuda)
-    case $have in *+cpu) pip uninstall --quiet --yes torch ;; esac
-    pip install --quiet --constraint "$root/requirements.lock" "$torch" ;;
+    case $have in *+cpu) pip uninstall --quiet --quiet --yes torch ;; esac
+    pip install --quiet --quiet --constraint "$root/requirements.lock" "$torch" ;;
 esac
-pip install --quiet --requirement "$root/requirements.lock"
-pip install --quiet --no-deps --no-build-isolation --editable "$root"
+pip install --quiet --quiet --requirement "$root/requirements.lock"
+pip install --quiet --quiet --no-deps --no-build-isolation --editable "$root"

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from data_registry import protocol as protocols
+from data_registry import shards
 from data_registry.conform import conform, labels_to_grid, probabilities_to_native
+from data_registry.params import Harmonise
 from data_registry.volume import Volume, axes_to_lia, load_image, load_labels
 from lod_model import metrics
 from lod_model import weights as weight_files
@@ -22,6 +24,7 @@ from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 from lod_model.postprocess import hard_classes, postprocess
 from lod_model.predict import predict
 from lod_model.segment import Outcome, segment
+from pipelines.harmonise import make_shard
 
 PASS_NOT = ("half_head.nii.gz", "noise.nii.gz")
 # Dice of the raw argmax by the authors' weights, mean of classes 1–6: the table of the test data's README.
@@ -126,6 +129,25 @@ def test_every_input_has_outputs_of_its_own(outcomes):
     made = [outcome.dseg for outcome in outcomes.values() if outcome.dseg]
     assert len(set(made)) == len(made)
     assert len(list(made[0].parent.glob("*_dseg.json"))) == 33
+
+
+def test_harmonise_meets_the_zoo_the_same_way(test_data, manifest, tmp_path):
+    """One shard of all 33: what is refused is quarantined in one line, the rest stands in the shard, warnings beside it."""
+    scans = [{"scan_id": row["file"], "database": "zoo", "site": "zoo", "t1w_path": row["file"], "labels": []} for row in manifest]
+    item = {"shard": "grid=16mm/site=zoo.zoo/part-000.parquet", "recipe": "", "scans": scans}
+    quarantined = make_shard(str(tmp_path), item, {"zoo": str(test_data / "zoo")}, Harmonise(grid="16mm"))
+    samples = {row["scan_id"]: row for row in shards.read_metadata(tmp_path / item["shard"])["samples"]}
+    assert quarantined == sum(row["status"] != "ok" for row in samples.values()) and len(samples) == 33
+    for row in manifest:
+        sample, expected = samples[row["file"]], row["expected"]
+        if sample["status"] == "ok":
+            assert expected != "refused", row
+            assert not expected.startswith("refused or handled") or sample["warnings"], row
+            t1w = shards.read_row(tmp_path / item["shard"], sample["row_group"], ["t1w_x1"])["t1w_x1"]
+            assert t1w.std() > 1 and t1w.mean() == pytest.approx(sample["mean"])
+        else:
+            assert expected.startswith("refused"), sample
+            assert sample["reason"].startswith(str(test_data / "zoo" / row["file"])) and "\n" not in sample["reason"]
 
 
 # --- with the authors' weights ------------------------------------------------------------------------------------------
