@@ -88,6 +88,8 @@ class Train(_Section):
     seed: int = 0
     coarse: Stage = Stage(epochs=50, learning_rate=5e-4)
     fine: Stage = Stage(epochs=50, learning_rate=5e-4)
+    schedule: Literal["plateau", "cosine"] = "plateau"
+    """plateau: the paper's, a quarter of the learning rate when validation stalls; cosine: to zero over the stage, better for few epochs."""
     freeze_coarse: bool = False
     """Hold the coarse level still in the fine stage; the published weights were trained with it free."""
     batch_size: Count = 1

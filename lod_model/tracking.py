@@ -3,6 +3,7 @@
 A run is found again by its unique tag, so a stage that is run twice, requeued or resumed goes on in the same MLflow run.
 """
 
+import logging
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ class Tracker:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # else a line for each table of a new store
         artifacts = None
         if uri is None and not (uri := os.environ.get("MLFLOW_TRACKING_URI")):
             LOCAL_FOLDER.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import protocol
+from data_registry.errors import InputError
 from data_registry.params import load_params
 from data_registry.schema import read_table
 from lod_model import evaluate, weights
@@ -106,6 +107,27 @@ def test_all_folds_then_scores_then_nothing_more(inside, caplog):
         evaluate.main()
     assert Path("tables/results.parquet").stat().st_mtime_ns > times
     assert read_table("tables/results.parquet", "results").to_pandas().equals(rows)
+
+
+def test_reference_weights_stand_beside_the_folds(inside):
+    """Runs after the folds above: any weights of this grid are scored under every fold's roles, others are refused by name."""
+    path = fold_folder("lod_brain-base-0", 0) / "weights.pt"
+    text = (inside / "params.yaml").read_text()
+    try:
+        (inside / "params.yaml").write_text(f"{text}evaluate: {{reference_weights: [{path}]}}\n")
+        evaluate.main()
+        rows = read_table("tables/results.parquet", "results").to_pandas()
+        reference = rows[rows.run == "reference-weights"]
+        assert set(reference.fold) == {0, 1, 2} and reference.seed.isna().all() and set(reference.network) == {"lod_brain"}
+        own = rows[(rows.run == "lod_brain-base-0") & (rows.fold == 0)]
+        assert own.value.tolist() == pytest.approx(reference[reference.fold == 0].value.tolist(), nan_ok=True)
+        other = weights.load(path)
+        weights.save(inside / "other.pt", other.network, name="lod_brain", protocol="lod7", grid="1mm", provenance={})
+        (inside / "params.yaml").write_text(f"{text}evaluate: {{reference_weights: [other.pt]}}\n")
+        with pytest.raises(InputError, match="other.pt: weights for grid 1mm .* this project's are 16mm"):
+            evaluate.main()
+    finally:
+        (inside / "params.yaml").write_text(text)
 
 
 def check_one_row_by_hand(folds, rows):
