@@ -7,6 +7,7 @@ A database that is not in the catalogue is one site named after it (and one plac
 """
 
 import functools
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data_registry.errors import InputError
 
+NAME_PATTERN = r"[A-Za-z0-9_-]+"
 _FOLDER = Path(__file__).parent / "catalogue"
 
 
@@ -56,7 +58,7 @@ class Site(_Entry):
 class Database(_Entry):
     """A database and its sites."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
     """As its folder is called."""
     title: str
     licence: str | None = None
@@ -64,11 +66,29 @@ class Database(_Entry):
     citation: str | None = None
     source: str | None = None
     """Where the values above were read."""
+    family_column: str | None = None
+    """The column of participants.tsv that relatives share; null if the database has none."""
     site_rule: SiteRule
     sites: dict[str, Site]
     defaced: bool | None = None
     known: bool = True
     """False for a database that is not in the catalogue."""
+
+
+_MANUFACTURERS = {
+    "siemens": "Siemens", "philips": "Philips", "phillips": "Philips", "ge": "GE", "general electric": "GE", "toshiba": "Canon", "canon": "Canon",
+    "hitachi": "Hitachi", "uih": "United Imaging", "united imaging": "United Imaging", "bruker": "Bruker",
+}  # fmt: skip
+
+
+def canonical_manufacturer(name: str | None) -> str | None:
+    """One spelling a maker; a name that is not known stays as it came.
+
+    >>> canonical_manufacturer("SIEMENS"), canonical_manufacturer("GE MEDICAL SYSTEMS"), canonical_manufacturer("Gefen")
+    ('Siemens', 'GE', 'Gefen')
+    """
+    lower = (name or "").lower()
+    return next((maker for alias, maker in _MANUFACTURERS.items() if re.match(rf"{alias}\b", lower)), name)
 
 
 def unknown_database(name: str) -> Database:

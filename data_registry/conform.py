@@ -28,7 +28,6 @@ SIDE_MULTIPLE = 16  # every side can be halved four times, so that all levels of
 FIELD_OF_VIEW_MM = 256.0
 MIN_LABELS_INSIDE = 0.95
 MAX_LABELS_ON_CUT_FACE = 0.001
-LABEL_METHODS = ("majority", "nearest")
 NIFTI_EDGE = 1e-3  # voxels; positions this near to a voxel's centre are on it
 
 

@@ -10,13 +10,16 @@ class InputError(ValueError):
 
 
 def run_stage(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; an :class:`InputError` becomes one line on stderr and exit status 2."""
+    """Run a command's ``main``; an :class:`InputError` or an error of the file system becomes one line on stderr and exit status 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("lodbrain").setLevel(logging.INFO)
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; a place that can be read and written is wanted", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; what is complete is kept, run the same command again to go on", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_registry import conform, protocol
 from data_registry.errors import InputError
@@ -102,6 +102,12 @@ class Train(_Section):
     """Epochs without a better validation loss before the learning rate is quartered."""
     stop_patience: Count = 10
     """Epochs without a better validation loss before a stage ends."""
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> "Train":
+        if not self.coarse.epochs + self.fine.epochs:
+            raise ValueError("coarse.epochs and fine.epochs are both 0; at least one epoch is wanted")
+        return self
+
     site_temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """1: every scan equally often; towards 0: every site equally often."""
 
@@ -112,13 +118,12 @@ class Evaluate(_Section):
     postprocess: Literal["none", "components", "release"] = "components"
     """As in `lodbrain segment`, so that what is measured is what ships."""
     reference_weights: tuple[str, ...] = ()
-    """Weight files scored beside the trained folds, e.g. imported ones."""
+    """Weight files scored beside the trained folds, e.g. imported ones. The stage's key sees the names: give other weights another name."""
 
 
 class Resources(_Section):
     """Where and how wide; never part of a result's identity."""
 
-    launcher: Literal["local"] = "local"
     workers: Count = 2
     ray_address: str | None = None
     """An existing Ray cluster; null starts one on this machine."""
@@ -154,6 +159,8 @@ def load_params(path: str | os.PathLike = "params.yaml") -> Params:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; the settings file is wanted (run in the folder that holds it)") from None
+    except UnicodeError:
+        raise InputError(f"{path}: not UTF-8 text; a YAML file in UTF-8 is wanted") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -39,8 +40,10 @@ def shard_name(grid: str, database: str, site: str, part: int) -> str:
 
     >>> shard_name("1mm", "abide1", "NYU", 3)
     'grid=1mm/site=abide1.NYU/part-003.parquet'
+    >>> shard_name("1mm", "db", "../a=b", 0)
+    'grid=1mm/site=db...%2Fa%3Db/part-000.parquet'
     """
-    return f"grid={grid}/site={database}.{site}/part-{part:03d}.parquet"
+    return f"grid={grid}/site={database}.{quote(site, safe=' ')}/part-{part:03d}.parquet"
 
 
 def shard_of(subject: str, shards_per_site: int) -> int:
@@ -95,17 +98,21 @@ def read_metadata(path: str | os.PathLike) -> dict | None:
     return {key.decode(): json.loads(value) for key, value in notes.items() if key not in (b"side", b"ARROW:schema")}
 
 
-def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str]) -> dict[str, np.ndarray]:
+def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str], *, scan_id: str | None = None) -> dict[str, np.ndarray]:
     """Arrays of one scan, by column; columns that are null or not in the file are left out.
 
-    Raises :class:`ShardError` for a missing file or a page whose checksum is wrong.
+    Raises :class:`ShardError` for a missing file, a page whose checksum is wrong, and a row of another scan than ``scan_id``.
     """
     try:
         file = _opened(str(path), os.stat(path).st_mtime_ns)
         side = int(file.schema_arrow.metadata[b"side"])
         present = [name for name in columns if name in file.schema_arrow.names]
-        table = file.read_row_group(row_group, columns=present)
+        table = file.read_row_group(row_group, columns=["scan_id", *present])
+        if scan_id not in (None, came := table["scan_id"][0].as_py()):
+            raise ShardError(f"{path}: row group {row_group} holds {came}; {scan_id} is wanted (run `python -m pipelines.harmonise` again)")
         return {name: _array(table[name][0], name, side) for name in present if table[name][0].is_valid}
+    except ShardError:
+        raise
     except FileNotFoundError:
         raise ShardError(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
     except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError) as error:

@@ -23,7 +23,8 @@ FEW_PEOPLE = 2
 def compile_split(scans: list[dict], settings: Split) -> tuple[list[dict], list[list[str]]]:
     """Rows of the split table for usable ``scans`` (rows of the scans table), and for each fold what a reader should know.
 
-    Raises :class:`InputError` for a scan without the key, fewer than two groups, or a hold-out name that is no group.
+    Raises :class:`InputError` for a scan without the key, fewer than two groups, a hold-out name that is no group, or a fold with
+    nobody to train on.
     """
     group_of = {scan["scan_id"]: _group(scan, settings.key) for scan in scans}
     unit_of = _tied_people(scans, settings)
@@ -49,6 +50,9 @@ def compile_split(scans: list[dict], settings: Split) -> tuple[list[dict], list[
             }
             for scan in scans
         ]
+        if "train" not in roles.values():
+            held = ", ".join(sorted(group for group, own in fold_of.items() if own == fold))
+            raise InputError(f"fold {fold} (held out: {held}): nobody is left to train on; fewer guards, shares or folds are wanted")
         notes.append(_notes(roles, unit_of))
     return rows, notes
 

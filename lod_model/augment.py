@@ -10,8 +10,6 @@ import hashlib
 import numpy as np
 import torch
 
-PRESETS = ("none", "light")
-
 
 def sample_seed(seed: int, epoch: int, scan_id: str) -> int:
     """A 63-bit seed that depends on these three alone."""

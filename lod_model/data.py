@@ -41,30 +41,29 @@ class Scan:
 
     def t1w(self, factor: int = 1) -> np.ndarray:
         """(D/f, H/f, W/f) uint8, max-pooled by ``factor``."""
-        return read_row(self.shard, self.row_group, [f"t1w_x{factor}"])[f"t1w_x{factor}"]
+        return self._read(f"t1w_x{factor}")[f"t1w_x{factor}"]
 
     def classes(self, protocol: protocols.Protocol) -> np.ndarray:
         """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
         source = next(source for source in protocol.sources if source in self.label_sources)
-        ids = read_row(self.shard, self.row_group, [f"{source}_x1"])[f"{source}_x1"]
+        ids = self._read(f"{source}_x1")[f"{source}_x1"]
         return protocol.classes_of(ids, where=f"{self.shard}, {self.scan_id}")
 
     def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
         """(C, D/f, H/f, W/f) float32: the share of each class in each block."""
         name = f"{protocol.name}_x{factor}"
-        counts = read_row(self.shard, self.row_group, [name])
+        counts = self._read(name)
         if name not in counts:
             raise InputError(f"{self.shard}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
 
-def fold_scans(fold: int, role: str) -> list[Scan]:
-    """The scans that have ``role`` in ``fold``, by scan_id; from the tables below the current folder."""
-    return all_folds()[fold].get(role, [])
+    def _read(self, column: str) -> dict[str, np.ndarray]:
+        return read_row(self.shard, self.row_group, [column], scan_id=self.scan_id)
 
 
 def all_folds() -> dict[int, dict[str, list[Scan]]]:
-    """fold → role → scans."""
+    """fold → role → scans by scan_id, from the tables below the current folder."""
     places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
     samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
     folds: dict[int, dict[str, list[Scan]]] = {}

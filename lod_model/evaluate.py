@@ -23,7 +23,7 @@ from data_registry.schema import RESULTS, read_table, table_metadata, write_tabl
 from lod_model import metrics
 from lod_model.data import TABLES, Scan, all_folds
 from lod_model.tracking import Tracker
-from lod_model.train import fold_folder, run_key
+from lod_model.train import finished, fold_folder, run_key, tracking_tags, training_identity
 
 log = logging.getLogger("lodbrain.evaluate")
 RESULTS_TABLE = TABLES / "results.parquet"
@@ -51,7 +51,11 @@ def main() -> None:
     """Score all runs of ``params.yaml``."""
     params, folds = load_params(), all_folds()
     split_hash = table_metadata(TABLES / "split.parquet")["split_hash"]
-    identity = fingerprint(RECIPE_VERSION, params.evaluate, params.train.protocol, split_hash, sha256(TABLES / "samples.parquet"))
+    places = sorted((scan.scan_id, scan.place) for scan in (scan for roles in folds.values() for scans in roles.values() for scan in scans))
+    protocol_version = protocols.load(params.train.protocol).version
+    identity = fingerprint(
+        RECIPE_VERSION, params.evaluate.postprocess, params.train.protocol, protocol_version, split_hash, sha256(TABLES / "samples.parquet"), places
+    )
     kept = _kept_rows(identity)
     contenders = [contender for fold, roles in folds.items() for contender in _contenders(params, fold, roles)]
     rows: list[dict] = []
@@ -99,8 +103,11 @@ def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iter
     for network in params.networks:
         run = params.run_name(network)
         path = fold_folder(run, fold) / "weights.pt"
-        if not (path.parent / "fold.json").is_file():
-            raise InputError(f"{path.parent}: fold {fold} of {run} is not trained; run `python -m lod_model.train --network {network}`")
+        if finished(run, fold) != training_identity(network, params):  # weights of another split may have seen what is held out now
+            raise InputError(
+                f"{path.parent}: fold {fold} of {run} is not trained on this split, data and settings; "
+                f"run `python -m lod_model.train --network {network}`"
+            )
         yield _network_contender(weights.load(path), run, params.train.seed, fold, params)
     atlas = metrics.majority_atlas(scan.classes(protocols.load(params.train.protocol)) for scan in roles["train"])
     name = f"atlas-{params.experiment}-{params.train.seed}"
@@ -117,7 +124,9 @@ def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iter
 
 def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Params) -> Contender:
     from lod_model.postprocess import postprocess
-    from lod_model.predict import predict
+    from lod_model.predict import best_device, predict
+
+    loaded.network.to(best_device())
 
     def classes(scan: Scan) -> np.ndarray:
         probabilities = predict(loaded.network, scan.t1w(), mean=scan.mean, deviation=scan.deviation, threads=params.resources.threads)
@@ -170,19 +179,18 @@ def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender],
 
 
 def _track(rows: list[dict], params: Params) -> None:
-    """Mean Dice and HD95 into the fold's and the network's MLflow runs: a score a role, and one a structure for held-out places."""
+    """Mean Dice and HD95 into MLflow, a score a role and one a structure for held-out places: every run, baselines too, and its folds."""
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
-    for network in params.networks:
-        run = params.run_name(network)
+    identities = {params.run_name(network): training_identity(network, params) for network in params.networks}
+    settings = {f"evaluate.{key}": str(value) for key, value in params.evaluate.model_dump(mode="json").items()}
+    for run in dict.fromkeys(row["run"] for row in rows):
         own = [row for row in rows if row["run"] == run]
-        folds = sorted({row["fold"] for row in own})
-        parent = tracker.run(run_key(run), name=run)
-        tracker.metrics(parent, _figures(own))
-        tracker.finish(parent)
-        for fold in folds:
-            child = tracker.run(run_key(run, fold), name=f"{run}-fold-{fold}", parent=parent)
-            tracker.metrics(child, _figures([row for row in own if row["fold"] == fold]))
-            tracker.finish(child)
+        identity, tags = identities.get(run, own[0]["split_hash"]), tracking_tags() | settings | {"network": own[0]["network"]}
+        parent = tracker.run(run_key(run, identity), name=run)
+        tracker.record(parent, tags, _figures(own))
+        for fold in sorted({row["fold"] for row in own}):
+            child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent)
+            tracker.record(child, tags | {"fold": str(fold)}, _figures([row for row in own if row["fold"] == fold]))
 
 
 def _figures(rows: list[dict]) -> dict[str, float]:

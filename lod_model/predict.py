@@ -53,6 +53,11 @@ def predict(
     return probabilities
 
 
+def best_device() -> torch.device:
+    """The GPU if there is one that torch can use, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def moments(conformed: np.ndarray) -> tuple[float, float]:
     """Mean and population standard deviation over all voxels of a uint8 array, exact to float64.
 

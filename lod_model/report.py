@@ -37,7 +37,7 @@ from lod_model.report_tables import (
     volume_bias,
 )
 from lod_model.tracking import Tracker
-from lod_model.train import run_key
+from lod_model.train import run_key, training_identity
 
 ATLAS = "atlas"
 """Name of the network that stands for the majority-label atlas of a fold's training scans."""
@@ -51,8 +51,8 @@ def main() -> None:
     path = write_report(Path(), params)
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     for network in params.networks:
-        if key := run_key(params.run_name(network)):
-            tracker.artifacts(tracker.run(key, name=params.run_name(network)), sorted(path.parent.iterdir()))
+        run = params.run_name(network)
+        tracker.artifacts(tracker.run(run_key(run, training_identity(network, params)), name=run), sorted(path.parent.iterdir()))
     print(f"report: {path}")
 
 

@@ -34,7 +34,7 @@ from data_registry.volume import SUFFIXES, Volume, load_image, save_volume
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
 from lod_model.overlay import write_overlay
-from lod_model.predict import predict
+from lod_model.predict import best_device, predict
 from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
 
 _LOG = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def segment(
         raise InputError("; ".join(problems.values()) or "no scan is given; T1w files or folders that hold them are wanted")
     out = _made_folder(out)
     loaded = weights if isinstance(weights, weight_files.Weights) else usable_weights(weights)
+    loaded.network.to(best_device())
     total = len(scans) + len(problems)
     outcomes = []
     for path, line in problems.items():

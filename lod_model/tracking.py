@@ -58,11 +58,13 @@ class Tracker:
         now = get_current_time_millis()
         self._client.log_batch(run, metrics=[Metric(k, float(v), now, step) for k, v in values.items() if v is not None and v == v])
 
-    def tags(self, run: str, values: Mapping[str, str]) -> None:
-        """Tags of a run; a tag that stands is replaced."""
+    def record(self, run: str, tags: Mapping[str, str], metrics: Mapping[str, float]) -> None:
+        """The outcome of a run: what it was made under (a tag that stands is replaced), its figures, and that it has ended."""
         from mlflow.entities import RunTag
 
-        self._client.log_batch(run, tags=[RunTag(k, str(v)) for k, v in values.items()])
+        self._client.log_batch(run, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+        self.metrics(run, metrics)
+        self.finish(run)
 
     def artifacts(self, run: str, paths: Iterable[Path]) -> None:
         """Files of a run."""

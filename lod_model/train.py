@@ -45,25 +45,29 @@ def main() -> None:
 
 def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]]) -> None:
     """Train the folds that are not finished; all go into one MLflow run with a child a fold."""
-    run = params.run_name(network)
-    split_hash, data_hash = table_metadata(TABLES / "split.parquet")["split_hash"], sha256(TABLES / "samples.parquet")
-    identity = fingerprint(RECIPE_VERSION, network, params.train, params.harmonise.grid, split_hash, data_hash)
-    todo = {fold: roles for fold, roles in folds.items() if _finished(run, fold) != identity}
+    run, identity = params.run_name(network), training_identity(network, params)
+    todo = {fold: roles for fold, roles in folds.items() if finished(run, fold) != identity}
     log.info("%s: %d folds, %d to train", run, len(folds), len(todo))
     if not todo:
         return
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
-    tags = {"split_hash": split_hash, "data_hash": data_hash, "network": network}
-    parent = tracker.run(f"{run}/{identity[:16]}", name=run, tags=tags | {"role": "parent"})
+    tags = tracking_tags() | {"network": network}
+    parent = tracker.run(run_key(run, identity), name=run, tags=tags)
     tracker.params(parent, _flat(params))
     epochs = params.train.coarse.epochs + params.train.fine.epochs
     columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(run, total=epochs * len(todo), note="")
         for done, (fold, roles) in enumerate(todo.items()):
-            child = tracker.run(f"{run}/{identity[:16]}/{fold}", name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
+            child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
-            _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=functools.partial(progress.update, bar, advance=1))
+            tick = functools.partial(progress.update, bar, advance=1)
+            try:
+                _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
+            except BaseException:
+                tracker.finish(child, failed=True)
+                tracker.finish(parent, failed=True)
+                raise
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
 
@@ -73,16 +77,23 @@ def fold_folder(run: str, fold: int) -> Path:
     return CHECKPOINTS / run / f"fold-{fold}"
 
 
-def run_key(run: str, fold: int | None = None) -> str | None:
-    """The unique tag of a trained run (or of one of its folds) in MLflow; None if no fold is finished."""
-    folds = sorted((CHECKPOINTS / run).glob("fold-*/fold.json"))
-    if not folds:
-        return None
-    identity = json.loads(folds[0].read_text(encoding="utf-8"))["fingerprint"]
-    return f"{run}/{identity[:16]}" if fold is None else f"{run}/{identity[:16]}/{fold}"
+def training_identity(network: str, params: Params) -> str:
+    """Fingerprint of all that a run's weights depend on; read from the settings and the tables below the current folder."""
+    table = protocol.load(params.train.protocol)
+    return fingerprint(RECIPE_VERSION, network, params.train, table.version, params.harmonise.grid, tracking_tags())
 
 
-def _finished(run: str, fold: int) -> str | None:
+def tracking_tags() -> dict[str, str]:
+    """Hashes of the split and of the data, as MLflow's runs carry them."""
+    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": sha256(TABLES / "samples.parquet")}
+
+
+def run_key(run: str, identity: str, fold: int | None = None) -> str:
+    """The unique tag in MLflow of a run, or of one of its folds."""
+    return f"{run}/{identity[:16]}" + ("" if fold is None else f"/{fold}")
+
+
+def finished(run: str, fold: int) -> str | None:
     """The fingerprint of a finished fold."""
     path = fold_folder(run, fold) / "fold.json"
     return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.is_file() else None
@@ -97,6 +108,8 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / f"started-{identity}").touch()
+    import torch
+
     from lod_model import weights
 
     begin, stages = time.perf_counter(), {}
@@ -105,7 +118,15 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
         net = _grown(network, level, net, params)
         if net is None:
             continue
-        stages[level] = _fit(net, level, params, fold, roles, folder, tracker=tracker, child=child, tick=tick)
+        done = folder / f"{level}.pt"  # a finished stage of a fold that was stopped later
+        if done.is_file():
+            kept = torch.load(done, weights_only=True)
+            net.load_state_dict(kept["state"])
+            stages[level] = kept["record"]
+            continue
+        stages[level] = _fit(net, level, params, roles, folder, tracker=tracker, child=child, tick=tick)
+        with replacing(done) as aside:
+            torch.save({"state": net.state_dict(), "record": stages[level]}, aside)
     net.eval()
     provenance = {
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity,
@@ -116,6 +137,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     tracker.finish(child)
     for level in names:
         shutil.rmtree(folder / level, ignore_errors=True)
+        (folder / f"{level}.pt").unlink(missing_ok=True)
     (folder / f"started-{identity}").unlink()
     with replacing(folder / "fold.json") as aside:
         aside.write_text(json.dumps({"fingerprint": identity, **provenance, "stages": stages}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -139,7 +161,7 @@ def _grown(network: str, level: str, previous, params: Params):
     return net
 
 
-def _fit(net, level: str, params: Params, fold: int, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
+def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
     """Fit one stage; the network ends with the weights of its best epoch. Returns epochs, best validation Dice and the history."""
     import torch
     from pytorch_lightning import Trainer, seed_everything
@@ -164,10 +186,11 @@ def _fit(net, level: str, params: Params, fold: int, roles: dict[str, list[Scan]
     best, history = ModelCheckpoint(folder / level, "best", monitor="val_dice", mode="max"), _History(tick, tracker, child, level)
     last = ModelCheckpoint(folder / level, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
     validated = bool(roles.get("val"))
-    callbacks = [history, last, *([best, EarlyStopping("val_loss", patience=settings.stop_patience)] if validated else [])]
+    # last comes last: what it saves must hold the state that the others have after this epoch
+    callbacks = [history, *([best, EarlyStopping("val_loss", patience=settings.stop_patience)] if validated else []), last]
     trainer = Trainer(
         max_epochs=getattr(settings, level).epochs, precision=precision_of(settings.precision), callbacks=callbacks,
-        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+        devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     resume = folder / level / "last.ckpt"
     module = StageModule(net, level=level, settings=settings)

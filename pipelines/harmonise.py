@@ -45,6 +45,9 @@ def main() -> None:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
     if len(bad) == len(samples):
         raise InputError(f"all {len(samples)} scans are quarantined; the reasons stand above")
+    sides = sorted({row["shape"][0] for row in samples if row["status"] == "ok"})
+    if len(sides) > 1:
+        raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
     write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
     _delete_unnamed({item["shard"] for item in plan})
     log.info("%s: %d scans, %d quarantined", SAMPLES_TABLE, len(samples), len(bad))
@@ -97,8 +100,11 @@ def make_shard(folder: str, item: dict, roots: dict[str, str], settings: Harmoni
             arrays, sample = harmonise_scan(scan, Path(roots[scan["database"]]), settings)
             rows.append({"scan_id": scan["scan_id"], **arrays})
             samples.append({**sample, "status": "ok", "shard": item["shard"], "row_group": len(rows) - 1})
-        except (InputError, MemoryError) as error:
-            samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": str(error) or type(error).__name__})
+        except InputError as error:
+            samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": str(error)})
+        except Exception as error:  # whatever one scan does, its neighbours go on
+            reason = f"{roots[scan['database']]}/{scan['t1w_path']}: {type(error).__name__} ({' '.join(str(error).split())})"
+            samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": reason})
     metadata = {"recipe": item["recipe"], "samples": samples}
     shards.write_shard(Path(folder) / item["shard"], rows, side=_side(samples, settings), metadata=metadata)
     return len(samples) - len(rows)
@@ -114,10 +120,17 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
     warnings = list(conformed.warnings)
+    needed = {source for name in settings.block_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
-        labels = load_labels(root / label["path"])
+        try:
+            labels = load_labels(root / label["path"])
+            arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
+        except InputError as error:
+            if label["source"] in needed:
+                raise
+            warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
+            continue
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
-        arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
     volumes = []
     for name in settings.block_protocols:
         table = protocol.load(name)
@@ -134,7 +147,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     mean = float((histogram * levels).sum() / t1w.size)  # exact: integers until the division
     sample = _identity(scan, settings) | {
         "warnings": warnings,
-        "label_sources": [label["source"] for label in scan["labels"]],
+        "label_sources": [label["source"] for label in scan["labels"] if f"{label['source']}_x1" in arrays],
         "voxel_mm": placement.voxel_mm,
         "shape": list(placement.shape),
         "affine": placement.affine.ravel().tolist(),

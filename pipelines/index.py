@@ -7,6 +7,7 @@ hashes the raw data. A scan that cannot be used keeps its row, with the reason; 
 import csv
 import json
 import logging
+import os
 import re
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from data_registry.catalogue import Database, find_database
+from data_registry.catalogue import NAME_PATTERN, Database, canonical_manufacturer, find_database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
@@ -67,7 +68,9 @@ def find_databases(roots: list[Path]) -> dict[str, Path]:
         if not inside:
             raise InputError(f"{root}: no BIDS database in it; a folder with sub-*/[ses-*/]anat/*_T1w.nii.gz, or a folder of such, is wanted")
         for path in inside:
-            name = path.resolve().name
+            name = Path(os.path.abspath(path)).name  # a link's own name, not that of what it points to
+            if not re.fullmatch(NAME_PATTERN, name):
+                raise InputError(f"{path}: the folder's name becomes the database's; letters, digits, '-' and '_' are wanted (a link can rename it)")
             if name in found:
                 raise InputError(f"{path}: a second database named {name}, beside {found[name]}; each folder needs a name of its own")
             found[name] = path
@@ -88,7 +91,7 @@ def index_database(database: Database, root: Path) -> list[dict]:
     if not database.known:
         log.info("%s is not in the catalogue: taken as one site, named after it", database.name)
     people = _Participants(root, database)
-    rows, labelled = [], set()
+    rows, given = [], set()
     for entry in sorted(files, key=lambda entry: entry["path"]):
         subject, session = entry["sub"], entry["ses"] or ""
         sidecar, reason = _sidecar(root / entry["path"])
@@ -98,20 +101,19 @@ def index_database(database: Database, root: Path) -> list[dict]:
             "scan_id": f"{database.name}_{Path(entry['path']).name.split('.')[0].removesuffix('_T1w')}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
-            "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": None,
-            **people.age_and_sex(subject),
-            "manufacturer": sidecar.get("Manufacturer") or (place.manufacturer if place else None),
-            "model": sidecar.get("ManufacturersModelName") or (place.model if place else None),
+            "subject": subject, "session": session, "person": f"{database.name}/{subject}", **people.facts(subject),
+            "manufacturer": canonical_manufacturer(_text(sidecar.get("Manufacturer"))) or (place.manufacturer if place else None),
+            "model": _text(sidecar.get("ManufacturersModelName")) or (place.model if place else None),
             "field_strength_tesla": _number(sidecar.get("MagneticFieldStrength")) or (place.field_strength_tesla if place else None),
             "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
             "reason": site_reason or reason,
         }  # fmt: skip
-        if (subject, session) in labelled:  # one FreeSurfer folder a session: it fits the first T1w, the head has moved by the next
-            log.info("%s: the labels of this session belong to its first T1w; this one has none", row["scan_id"])
-        else:
-            labels = find_labels(root, subject, session)
-            row["labels"] = [{"source": source, "path": str(path.relative_to(root)), "sha256": None} for source, path in labels.items()]
-            labelled.add((subject, session))
+        for source, file in find_labels(root, subject, session).items():
+            if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
+                log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file.relative_to(root))
+                continue
+            given.add(file)
+            row["labels"].append({"source": source, "path": str(file.relative_to(root)), "sha256": None})
         rows.append(row)
     return rows
 
@@ -123,11 +125,14 @@ class _Participants:
         self.database, self.path, self.rows = database, root / "participants.tsv", defaultdict(list)
         header: list[str] = []
         if self.path.is_file():
-            with open(self.path, encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle, delimiter="\t")
-                header = list(reader.fieldnames or [])
-                for row in reader:
-                    self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
+            try:
+                with open(self.path, encoding="utf-8-sig", newline="") as handle:
+                    reader = csv.DictReader(handle, delimiter="\t")
+                    header = list(reader.fieldnames or [])
+                    for row in reader:
+                        self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
+            except (OSError, UnicodeError, csv.Error) as error:
+                raise InputError(f"{self.path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
         column = database.site_rule.participants
         if column and column not in header:
             raise InputError(
@@ -156,23 +161,34 @@ class _Participants:
             return values[0], f"site {values[0]!r} from {where} is not in the catalogue; one of {', '.join(self.database.sites)} is wanted"
         return values[0], None
 
-    def age_and_sex(self, subject: str) -> dict:
-        """Age in years and F or M where a first row states them plainly, else null."""
+    def facts(self, subject: str) -> dict:
+        """Age in years, F or M, and family where a first row states them plainly, else null."""
         row = {key.lower(): value for key, value in (self.rows.get(subject) or [{}])[0].items() if key}
         sex = (row.get("sex") or row.get("gender") or "").strip().upper()[:1]
-        return {"age_years": _number(row.get("age")), "sex": sex if sex in ("F", "M") else None}
+        family = (row.get((self.database.family_column or "").lower()) or "").strip()
+        known = family not in ("", "n/a")
+        return {
+            "age_years": _number(row.get("age")),
+            "sex": sex if sex in ("F", "M") else None,
+            "family": f"{self.database.name}/{family}" if known else None,
+        }
 
 
 def _sidecar(path: Path) -> tuple[dict, str | None]:
-    """The JSON beside a T1w (empty if there is none), and why the scan is quarantined if it cannot be read."""
+    """A T1w's JSON metadata, BIDS's inheritance included, and why the scan is quarantined if its own sidecar cannot be read."""
+    from bids2table import load_bids_metadata
+
     sidecar = path.with_name(path.name.split(".")[0] + ".json")
-    if not sidecar.is_file():
-        return {}, None
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8-sig"))
+        if sidecar.is_file():
+            json.loads(sidecar.read_text(encoding="utf-8"))  # bids2table passes over what it cannot read
+        return load_bids_metadata(path), None
     except (OSError, ValueError) as error:
         return {}, f"{sidecar}: not valid JSON ({error}); a sidecar or none is wanted"
-    return content if isinstance(content, dict) else {}, None
+
+
+def _text(value: object) -> str | None:
+    return str(value).strip() or None if value is not None else None
 
 
 def _number(value: object) -> float | None:
@@ -195,7 +211,10 @@ def _tell_apart(rows: list[dict]) -> None:
 
 def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
     """Fill in the SHA-256 of every T1w and label map; a file that cannot be read quarantines its scan."""
-    known = {(r["path"], r["bytes"], r["mtime_ns"]): r["sha256"] for r in pq.read_table(HASH_CACHE).to_pylist()} if HASH_CACHE.is_file() else {}
+    try:
+        known = {(r["path"], r["bytes"], r["mtime_ns"]): r["sha256"] for r in pq.read_table(HASH_CACHE).to_pylist()}
+    except (OSError, pa.ArrowInvalid):  # none yet, or damaged: it is a cache
+        known = {}
     wanted = [(row, row, "t1w", row["t1w_path"]) for row in rows] + [(row, label, "", label["path"]) for row in rows for label in row["labels"]]
 
     def one(item: tuple) -> tuple | None:
@@ -231,14 +250,21 @@ def _judge_same_content(rows: list[dict]) -> None:
         if len(same) < 2:
             continue
         count = Counter(row["database"] for row in same)
-        person = min(row["person"] for row in same)
         for row in same:
             if count[row["database"]] > 1:
                 others = ", ".join(other["scan_id"] for other in same if other is not row)
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
-            row["person"] = person
         if len(count) > 1:
             log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
+            _merge_people(rows, {row["person"] for row in same})
+
+
+def _merge_people(rows: list[dict], people: set[str]) -> None:
+    """Give all scans of these people one name, also those whose bytes nobody else has."""
+    name = min(people)
+    for row in rows:
+        if row["person"] in people:
+            row["person"] = name
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from data_registry.params import load_params
 from pipelines.index import find_databases
 
 CHECKOUT = Path(__file__).parents[1]
+DEMO_ROOT = "data/demo"
 CODE = ("data_registry", "pipelines", "lod_model", "dvc.yaml")
 
 
@@ -48,13 +49,15 @@ def _demo_project() -> Path:
     from pipelines.demo import build_sites
 
     params = load_params(CHECKOUT / "params.yaml")
-    build_sites(CHECKOUT / params.index.roots[0], workers=params.resources.workers)
+    if params.index.roots != (DEMO_ROOT,):  # a project of its own by now: synthetic heads have no place in it
+        raise InputError(f"params.yaml: index.roots is {', '.join(params.index.roots)}; for the demo {DEMO_ROOT} is wanted (or run `dvc repro`)")
+    build_sites(CHECKOUT / DEMO_ROOT, workers=params.resources.workers)
     return CHECKOUT
 
 
 def data_project(data: Path, to: Path | None = None) -> Path:
     """A project folder for ``data``; one that stands keeps its settings. Raises :class:`InputError` if there is nothing to work on."""
-    data = data.resolve()
+    data = Path(os.path.abspath(data))
     find_databases([data])
     folder = (to or CHECKOUT / "runs" / f"{data.name}-{hashlib.sha256(str(data).encode()).hexdigest()[:6]}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,6 +68,8 @@ def data_project(data: Path, to: Path | None = None) -> Path:
     if not (folder / "params.yaml").is_file():
         settings = yaml.safe_load((CHECKOUT / "params.yaml").read_text(encoding="utf-8"))
         settings["index"]["roots"] = [str(data)]
+        weights = settings.get("evaluate", {}).get("reference_weights", [])
+        settings["evaluate"] = settings.get("evaluate", {}) | {"reference_weights": [str((CHECKOUT / path).resolve()) for path in weights]}
         with replacing(folder / "params.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     if not (folder / ".dvc").is_dir():

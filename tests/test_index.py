@@ -116,6 +116,62 @@ def test_one_file_in_two_databases_is_one_person(tmp_path):
     assert not any(row["reason"] for row in rows)
 
 
+def test_a_person_merged_across_databases_stays_one_person(tmp_path):
+    """two/01 shares one file with one/01 and has a second session of its own: all three scans are one person's."""
+    make_database(tmp_path / "roots" / "one", subjects=("01",), participants="")
+    two = make_database(tmp_path / "roots" / "two", subjects=("01",), participants="")
+    data = np.random.default_rng(9).integers(0, 200, (4, 4, 4)).astype(np.int16)
+    save_volume(two / "sub-01/ses-2/anat/sub-01_ses-2_T1w.nii.gz", data, np.eye(4))
+    rows = stage.index([tmp_path / "roots"])
+    assert [row["scan_id"] for row in rows] == ["one_sub-01", "two_sub-01", "two_sub-01_ses-2"]
+    assert {row["person"] for row in rows} == {"one/01"}
+
+
+def test_one_label_map_belongs_to_one_scan(tmp_path):
+    root = make_database(tmp_path / "db", subjects=("01",), participants="")
+    for session in ("1", "2"):
+        data = np.random.default_rng(int(session)).integers(0, 200, (4, 4, 4)).astype(np.int16)
+        save_volume(root / f"sub-09/ses-{session}/anat/sub-09_ses-{session}_T1w.nii.gz", data, np.eye(4))
+    save_volume(root / "derivatives/freesurfer/sub-09/mri/aseg.mgz", np.ones((4, 4, 4), np.int16), np.eye(4))
+    rows = {row["scan_id"]: row for row in stage.index([root])}
+    assert [len(rows[f"db_sub-09_ses-{s}"]["labels"]) for s in "12"] == [1, 0]
+    save_volume(root / "derivatives/freesurfer/sub-09_ses-2/mri/aseg.mgz", np.ones((4, 4, 4), np.int16), np.eye(4))
+    rows = {row["scan_id"]: row for row in stage.index([root])}
+    assert rows["db_sub-09_ses-2"]["labels"][0]["path"] == "derivatives/freesurfer/sub-09_ses-2/mri/aseg.mgz"
+
+
+def test_inherited_sidecars_and_spellings(tmp_path):
+    root = make_database(tmp_path / "db", subjects=("01",), participants="")
+    (root / "sub-01/anat/sub-01_T1w.json").write_text('{"ManufacturersModelName": 750}')
+    (root / "T1w.json").write_text('{"Manufacturer": "SIEMENS", "MagneticFieldStrength": "1.5"}')
+    (row,) = stage.index([root])
+    assert (row["manufacturer"], row["model"], row["field_strength_tesla"]) == ("Siemens", "750", 1.5)
+
+
+def test_text_that_is_not_utf8_and_a_damaged_cache(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/hashes.parquet").write_bytes(b"damaged")
+    assert len(stage.index([root])) == 2
+    (root / "participants.tsv").write_bytes("participant_id\tsite\nsub-01\tM\u00fcnchen\n".encode("latin-1"))
+    with pytest.raises(InputError, match="participants.tsv: cannot be read"):
+        index_with(monkeypatch, catalogued(), root)
+
+
+def test_a_databases_name_is_its_folders_or_its_links(tmp_path):
+    root = make_database(tmp_path / "my.db", participants="")
+    with pytest.raises(InputError, match="letters, digits"):
+        stage.index([root])
+    (tmp_path / "my_db").symlink_to(root)
+    assert stage.index([tmp_path / "my_db"])[0]["database"] == "my_db"
+
+
+def test_families_from_the_declared_column(tmp_path, monkeypatch):
+    table = "participant_id\tsite\tFamily_ID\nsub-01\tA\tf7\nsub-02\tA\tn/a\n"
+    rows = index_with(monkeypatch, catalogued(family_column="Family_ID"), make_database(tmp_path / "db", participants=table))
+    assert [row["family"] for row in rows] == ["db/f7", None]
+
+
 def test_folders_that_are_not_there_or_hold_nothing(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         stage.index([tmp_path / "none"])

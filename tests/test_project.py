@@ -13,7 +13,8 @@ from data_registry.files import sha256
 from data_registry.schema import read_table
 from pipelines.project import _environment, data_project
 
-TRAIN = {"coarse": {"epochs": 1, "learning_rate": 0.01}, "fine": {"epochs": 1, "learning_rate": 0.01}, "network": {"widths": [2, 4, 8]}}
+STAGE = {"epochs": 1, "learning_rate": 0.01}
+TRAIN = {"protocol": "lod7", "seed": 0, "coarse": STAGE, "fine": STAGE, "network": {"widths": [2, 4, 8]}}
 
 
 def repro(folder: Path) -> list[str]:
@@ -64,7 +65,7 @@ def test_it_is_a_project_of_its_own(project):
 def test_what_runs_again(project):
     """In order: nothing, from train on, everything but with one shard."""
     assert repro(project) == ["index"]
-    change(project, lambda s: s["train"]["fine"].update(learning_rate=0.02))
+    change(project, lambda s: s["train"].update(fine={"epochs": 1, "learning_rate": 0.02}))
     assert repro(project) == ["index", "train@lod_brain", "evaluate", "report"]
     before = {path: sha256(path) for path in (project / "shards").rglob("*.parquet")}
     roots = yaml.safe_load((project / "params.yaml").read_text())["index"]["roots"]

@@ -61,7 +61,7 @@ def write_project(folder: Path, *, runs=RUNS, roles=("internal_test", "external_
                                ("volume", "mL"): 11.0 * (index + 1), ("reference_volume", "mL"): 10.0 * (index + 1)}  # fmt: skip
                     results += [{**common, "structure": structure, "metric": m, "unit": unit, "value": value} for (m, unit), value in figures.items()]
     for name, rows in {"scans": scans, "samples": samples, "split": split, "results": results}.items():
-        write_table(tables / f"{name}.parquet", name, rows)
+        write_table(tables / f"{name}.parquet", name, rows, metadata={"split_hash": SPLIT_HASH})
     proof = {"split_hash": SPLIT_HASH, "key": "place", "notes": ["two folds of four places"],
              "folds": [{"fold": fold, "held_out": list(held), "counts": {}, "notes": []} for fold, held in enumerate(folds)],
              "proof": [{"fold": fold, "guard": guard, "overlaps": 0, "checked": 12} for fold in range(len(folds)) for guard in ("person", "scanner")],

@@ -1,7 +1,7 @@
 """The split: every group held out once, no leak whatever the data, by hand on a small case."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from data_registry import split
@@ -57,7 +57,11 @@ def databases(draw) -> list[dict]:
 def test_never_a_leak(scans, folds, internal_share):
     """Checked here without the project's own proof: by brute force over pairs."""
     chosen = Split(folds=folds, internal_share=internal_share)
-    rows, notes = split.compile_split(scans, chosen)
+    try:
+        rows, notes = split.compile_split(scans, chosen)
+    except InputError as error:  # too tied together: refused, never leaked
+        assert "nobody is left to train on" in str(error)
+        reject()
     assert not any(entry["overlaps"] for entry in split.prove(rows, scans, chosen))
     by_id = {s["scan_id"]: s for s in scans}
     held_in = {}
@@ -118,6 +122,12 @@ def test_hold_out_list_and_its_errors():
             split.compile_split(scans, Split(holdout=holdout))
     with pytest.raises(InputError, match="one place only"):
         split.compile_split([scan(i, "only") for i in range(4)], Split())
+
+
+def test_nobody_left_to_train_on_is_an_error():
+    scans = [scan(i, f"place{i % 2}", scanner="shared") for i in range(8)]
+    with pytest.raises(InputError, match="nobody is left to train on"):
+        split.compile_split(scans, Split())
 
 
 def test_too_few_people_are_said():

@@ -1,6 +1,7 @@
 """Training: nothing held out is ever read, finished folds stand, augmentation knows (seed, epoch, sample) alone, what is logged is there."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ def inside(project, monkeypatch) -> Path:
     return project
 
 
+@pytest.fixture
+def trained(inside) -> Path:
+    """The project with all folds trained and scored."""
+    params, folds = load_params(), all_folds()
+    train("lod_brain", params, folds)
+    evaluate.main()
+    return inside
+
+
 def test_what_is_held_out_is_never_read(inside, monkeypatch):
     """Fold 0 gives the same weights when no held-out file can be opened."""
     params, folds = load_params(), all_folds()
@@ -77,23 +87,21 @@ def guarded(unseen: set[str], folds):
     forbidden = {(scan.shard, scan.row_group) for role in folds[0].values() for scan in role if scan.scan_id in unseen}
     assert forbidden
 
-    def read(path, row_group, columns):
+    def read(path, row_group, columns, *, scan_id):
         assert (path, row_group) not in forbidden, f"training read row {row_group} of {path}"
-        return read_row(path, row_group, columns)
+        return read_row(path, row_group, columns, scan_id=scan_id)
 
     return read
 
 
-def test_all_folds_then_scores_then_nothing_more(inside, caplog):
+def test_all_folds_then_scores_then_nothing_more(trained, caplog):
     params, folds = load_params(), all_folds()
-    train("lod_brain", params, folds)
     done = [json.loads((fold_folder("lod_brain-base-0", fold) / "fold.json").read_text()) for fold in folds]
     assert [list(fold["stages"]) for fold in done] == [["coarse", "fine"]] * 3
     assert sorted(p.name for p in fold_folder("lod_brain-base-0", 1).iterdir()) == ["fold.json", "weights.pt"]
     with caplog.at_level("INFO", "lodbrain"):
         train("lod_brain", params, folds)
     assert "3 folds, 0 to train" in caplog.text
-    evaluate.main()
     rows = read_table("tables/results.parquet", "results").to_pandas()
     table = protocol.load("lod7")
     scans = {scan.scan_id for fold in folds.values() for scan in fold["external_test"]}
@@ -109,8 +117,9 @@ def test_all_folds_then_scores_then_nothing_more(inside, caplog):
     assert read_table("tables/results.parquet", "results").to_pandas().equals(rows)
 
 
-def test_reference_weights_stand_beside_the_folds(inside):
-    """Runs after the folds above: any weights of this grid are scored under every fold's roles, others are refused by name."""
+def test_reference_weights_stand_beside_the_folds(trained):
+    """Any weights of this grid are scored under every fold's roles, others are refused by name."""
+    inside = trained
     path = fold_folder("lod_brain-base-0", 0) / "weights.pt"
     text = (inside / "params.yaml").read_text()
     try:
@@ -130,6 +139,48 @@ def test_reference_weights_stand_beside_the_folds(inside):
         (inside / "params.yaml").write_text(text)
 
 
+def test_weights_of_another_split_are_not_scored(trained, monkeypatch):
+    """After the split or a setting has changed, what an old fold saw may be held out: evaluation refuses until training has run."""
+    monkeypatch.setattr("lod_model.train.tracking_tags", lambda: {"split_hash": "another", "data_hash": ""})
+    with pytest.raises(InputError, match="fold 0 of lod_brain-base-0 is not trained on this split"):
+        evaluate.main()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2, 3])
+def test_a_stopped_training_goes_on_where_it_was(project, tmp_path, monkeypatch, epoch):
+    """Stopped after any epoch of either stage and started again: the same epochs, the same best epoch, no finished stage trained again."""
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("fine: {epochs: 2", "fine: {epochs: 3").replace("[2, 4, 8]}", "[2, 4, 8], dropout: 0.0}"))
+    params, folds = load_params(), all_folds()
+    train("lod_brain", params, {0: folds[0]})
+    whole = (fold_folder("lod_brain-base-0", 0) / "fold.json").read_text()
+    digest = weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash
+    shutil.rmtree("checkpoints")
+    seen = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self, run, values, *, step=0):
+        seen.append(values)
+        if len(seen) == epoch + 2:  # in the epoch after: the one before is on disk
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lod_model.tracking.Tracker.metrics", stop)
+        with pytest.raises(Stopped):
+            train("lod_brain", params, {0: folds[0]})
+    assert not (fold_folder("lod_brain-base-0", 0) / "fold.json").exists()
+    train("lod_brain", params, {0: folds[0]})
+    again = json.loads((fold_folder("lod_brain-base-0", 0) / "fold.json").read_text())
+    for level, stage in json.loads(whole)["stages"].items():
+        assert again["stages"][level]["epochs"] == stage["epochs"]
+        assert again["stages"][level]["val_dice"] == pytest.approx(stage["val_dice"], abs=1e-6)
+    assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == digest
+
+
 def check_one_row_by_hand(folds, rows):
     """One scan of the atlas: a vote over the fold's training scans, and Dice, written out."""
     scan, table = folds[1]["external_test"][0], protocol.load("lod7")
@@ -142,16 +193,19 @@ def check_one_row_by_hand(folds, rows):
     assert row.value.item() == pytest.approx(mine)
 
 
-def test_mlflow_has_a_parent_and_a_child_a_fold(inside):
-    """Runs after the stages above, on the store they wrote."""
+def test_mlflow_has_a_parent_and_a_child_a_fold(trained):
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{inside / 'mlflow/mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{trained / 'mlflow/mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "base"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs.pop("lod_brain-base-0")
-    assert sorted(runs) == [f"lod_brain-base-0-fold-{fold}" for fold in range(3)]
-    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in runs.values())
+    for name in ("lod_brain-base-0", "atlas-base-0"):
+        parent = runs[name]
+        children = [run for run in runs.values() if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+        assert sorted(run.info.run_name for run in children) == [f"{name}-fold-{fold}" for fold in range(3)]
+        assert {run.info.status for run in children} == {"FINISHED"}
+    parent = runs["lod_brain-base-0"]
+    assert parent.data.tags["evaluate.postprocess"] == "components"
     assert parent.data.params["train.fine.epochs"] == "2" and not any(key.startswith("resources") for key in parent.data.params)
     assert 0 <= parent.data.metrics["external_dice"] <= 1 and len(parent.data.metrics) <= 50
     assert parent.info.status == "FINISHED" and len(parent.data.tags["split_hash"]) == 64
