@@ -108,6 +108,8 @@ class Train(_Section):
             raise ValueError("coarse.epochs and fine.epochs are both 0; at least one epoch is wanted")
         return self
 
+    min_samples_per_epoch: Count = 1
+    """An epoch goes through the scans as often as it takes to see this many, so that few scans do not mean few steps."""
     site_temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """1: every scan equally often; towards 0: every site equally often."""
 

@@ -111,27 +111,30 @@ class SampleDataset(Dataset):
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
-    """The (epoch, index) of an epoch's samples: every scan once, or sites balanced by a temperature.
+    """The (pass, index) of an epoch's samples: every scan once a pass, or sites balanced by a temperature; as many passes as ``at_least``
+    samples take, each with its own number, so that a repeated scan is augmented anew.
 
-    With temperature 1 an epoch is a permutation; towards 0 scans are drawn so that every site comes equally often (a site with share s
+    With temperature 1 a pass is a permutation; towards 0 scans are drawn so that every site comes equally often (a site with share s
     of the scans gets a share proportional to s**temperature).
     """
 
-    def __init__(self, scans: list[Scan], *, seed: int, temperature: float = 1.0, shuffle: bool = True) -> None:
+    def __init__(self, scans: list[Scan], *, seed: int, temperature: float = 1.0, shuffle: bool = True, at_least: int = 1) -> None:
         self.scans, self.seed, self.temperature, self.shuffle, self.epoch = scans, seed, temperature, shuffle, 0
+        self.passes = -(-at_least // len(scans)) if scans else 1
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.scans)
+        return len(self.scans) * self.passes
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         if not self.shuffle:
             return iter([(0, index) for index in range(len(self.scans))])
         sites = [(scan.database, scan.site) for scan in self.scans]
-        return iter([(self.epoch, int(index)) for index in epoch_order(sites, self.seed, self.epoch, self.temperature)])
+        passes = range(self.epoch * self.passes, (self.epoch + 1) * self.passes)
+        return iter([(number, int(index)) for number in passes for index in epoch_order(sites, self.seed, number, self.temperature)])
 
 
 def epoch_order(sites: list, seed: int, epoch: int, temperature: float) -> np.ndarray:

@@ -181,7 +181,8 @@ def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: 
         data = SampleDataset(
             scans, level=level, protocol=settings.protocol, augmentation=settings.augmentation if training else "none", seed=settings.seed
         )
-        order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training)
+        enough = settings.min_samples_per_epoch if training else 1
+        order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training, at_least=enough)
         loaders[role] = DataLoader(data, sampler=order, batch_size=settings.batch_size, num_workers=resources.loader_workers)
     best, history = ModelCheckpoint(folder / level, "best", monitor="val_dice", mode="max"), _History(tick, tracker, child, level)
     last = ModelCheckpoint(folder / level, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)

@@ -247,6 +247,15 @@ def test_a_flip_swaps_sided_classes():
     assert seen == {True, False}
 
 
+def test_few_scans_are_passed_through_several_times(inside):
+    scans = all_folds()[0]["train"][:3]
+    order = EpochOrder(scans, seed=5, at_least=7)
+    order.set_epoch(4)
+    keys = list(order)
+    assert len(keys) == len(order) == 9 and len(set(keys)) == 9  # never the same draw twice
+    assert [sorted(i for n, i in keys if n == number) for number in (12, 13, 14)] == [[0, 1, 2]] * 3
+
+
 def test_order_is_a_pure_function(inside):
     scans = all_folds()[0]["train"]
     order = EpochOrder(scans, seed=5)
