@@ -92,10 +92,7 @@ def segment(
 
 def usable_weights(path: str | os.PathLike) -> weight_files.Weights:
     """Weights whose protocol and grid are known here; anything else is an :class:`InputError` before the first scan is read."""
-    try:
-        loaded = weight_files.load(path)
-    except weight_files.WeightsError as error:
-        raise InputError(str(error)) from None
+    loaded = weight_files.load(path)
     parse_grid(loaded.grid)
     protocol, classes = protocols.load(loaded.protocol), loaded.network.config.classes
     if classes != protocol.classes:
