@@ -88,8 +88,9 @@ class Train(_Section):
     seed: int = 0
     coarse: Stage = Stage(epochs=50, learning_rate=5e-4)
     fine: Stage = Stage(epochs=50, learning_rate=5e-4)
-    schedule: Literal["plateau", "cosine"] = "plateau"
-    """plateau: the paper's, a quarter of the learning rate when validation stalls; cosine: to zero over the stage, better for few epochs."""
+    schedule: Literal["plateau", "one_cycle"] = "plateau"
+    """plateau: the paper's, a quarter of the learning rate when validation stalls. one_cycle: up over the first 15 % of a stage's steps, so
+    that a fresh level does not drive small classes to zero, then to zero along a cosine; better for few epochs."""
     freeze_coarse: bool = False
     """Hold the coarse level still in the fine stage; the published weights were trained with it free."""
     batch_size: Count = 1

@@ -117,7 +117,8 @@ class _FastLevel:
         step = max(2, self.slab_voxels // (x.shape[3] * x.shape[4]) // 2 * 2)
         taps = _taps(x, self.dtype)                                          # (1, 5, D+4, H, W)
         halved = self.first.prepare(x, taps, step)
-        wide, (down, up) = self._middle(halved, x.shape[2:], above, step // 2)   # wide (1, w0, D/2, H/2, W/2)
+        wide, (down, up) = self._middle(halved, x.shape[2:], above, step)    # wide (1, w0, D/2, H/2, W/2)
+        step *= 2
         fill = self._last_block(wide, taps, above[1][-1] if above[1] else None)
         depth, window = x.shape[2], (1, self.stem.bias.numel(), 2 + (step if self.finest else x.shape[2]), *x.shape[3:])
         features = _empty(window, self.dtype)                                # (1, 4·w0, step+2 or D+2, H, W)
@@ -206,8 +207,10 @@ class _FirstBlock:
         faces = [(axis, end, (face * affine[0] + affine[1]).relu_()) for axis, end, face in faces]
 
         def fill(start: int, stop: int, out: Tensor) -> None:                # out (1, 4·O, stop−start, H/2, W/2)
-            wide = self._wide(taps, faces, kernel, 2 * start, 2 * stop, relu=True)
-            out.copy_(_conv(wide, self.resample, stride=2, relu=True))
+            for a in range(2 * start, 2 * stop, step):
+                b = min(a + step, 2 * stop)
+                wide = self._wide(taps, faces, kernel, a, b, relu=True)
+                out[:, :, a // 2 - start : b // 2 - start].copy_(_conv(wide, self.resample, stride=2, relu=True))
 
         return fill
 

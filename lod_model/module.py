@@ -41,9 +41,9 @@ class StageModule(LightningModule):
     def configure_optimizers(self) -> dict:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         optimiser = torch.optim.Adam(parameters, lr=self.stage.learning_rate, betas=(0.9, 0.999))
-        if self.settings.schedule == "cosine":
+        if self.settings.schedule == "one_cycle":
             steps = int(self.trainer.estimated_stepping_batches)
-            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=steps)
-            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
+            cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, self.stage.learning_rate, total_steps=steps, pct_start=0.15, cycle_momentum=False)
+            return {"optimizer": optimiser, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, factor=0.25, patience=self.settings.reduce_patience, min_lr=1e-7)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss", "strict": False}}
