@@ -37,6 +37,13 @@ class Postprocess(StrEnum):
     release = "release"
 
 
+class Engine(StrEnum):
+    """As in :mod:`lod_model.segment`."""
+
+    plain = "plain"
+    fast = "fast"
+
+
 @app.command()
 def segment(
     scans: Annotated[list[str], typer.Argument(metavar="SCAN...", help="T1w files (.nii[.gz], .mgz, .mgh), or folders with *_T1w.nii[.gz] below.")],
@@ -45,6 +52,7 @@ def segment(
     postprocess: Annotated[
         Postprocess, typer.Option(help="none; components: keep the largest component; release: as the authors do.")
     ] = Postprocess.components,
+    engine: Annotated[Engine, typer.Option(help="plain: the network as written; fast: rewritten for CPUs, in slabs.")] = Engine.plain,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
 ) -> None:
     """Segment T1w scans; labels come on each scan's own grid.
@@ -60,7 +68,8 @@ def segment(
     from lod_model.segment import segment as segment_scans
 
     with _progress() as advance:
-        outcomes = segment_scans(scans, out=out, weights=weights, postprocess=postprocess.value, threads=threads, on_done=advance)
+        chosen = {"postprocess": postprocess.value, "engine": engine.value, "threads": threads}
+        outcomes = segment_scans(scans, out=out, weights=weights, on_done=advance, **chosen)
     refused = sum(outcome.dseg is None for outcome in outcomes)
     if len(outcomes) > 1:
         counts = ", ".join(f"{sum(o.verdict == v and o.dseg is not None for o in outcomes)} {v}" for v in ("pass", "review", "fail"))

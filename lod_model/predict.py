@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional
 
 from data_registry.errors import InputError
+from lod_model.engine import FastLODBrain
 
 
 def predict(
-    network: torch.nn.Module,
+    network: torch.nn.Module | FastLODBrain,
     conformed: np.ndarray,
     *,
     mean: float | None = None,
@@ -24,15 +25,18 @@ def predict(
 ) -> np.ndarray:
     """Class probabilities (C, D, H, W) float32 of a conformed T1w (D, H, W) uint8.
 
-    ``network`` maps z-scored (1, 1, D, H, W) to logits (1, C, D, H, W) and says in ``network.config.multiple`` what its sides must be
-    divisible by; other sides are padded with intensity 0 at their ends and cropped again. It runs where its parameters are. ``mean`` and
-    ``deviation`` are those of the conformed grid where they are already known; ``threads`` holds for this call only.
+    ``network`` maps z-scored (1, 1, D, H, W) to logits (1, C, D, H, W), or is a compiled one of :mod:`lod_model.engine`; it says in
+    ``network.config.multiple`` what its sides must be divisible by; other sides are padded with intensity 0 at their ends and cropped
+    again. It runs where its parameters are. ``mean`` and ``deviation`` are those of the conformed grid where they are already known;
+    ``threads`` holds for this call only.
     Raises :class:`InputError` for a grid without contrast.
     """
     if mean is None or deviation is None:
         mean, deviation = moments(conformed)
     if not deviation > 0:
         raise InputError(f"no contrast, every voxel of the grid is {mean:g}; a T1w image is wanted")
+    if isinstance(network, FastLODBrain):
+        return _predict_fast(network, conformed, mean=mean, deviation=deviation, threads=threads)
     side = network.config.multiple
     pad = [-n % side for n in conformed.shape]
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -51,6 +55,15 @@ def predict(
         probabilities = logits[0, :, :d, :h, :w].contiguous().cpu().numpy()  # (C, D, H, W)
     network.train(was_training)
     return probabilities
+
+
+def _predict_fast(network: FastLODBrain, conformed: np.ndarray, *, mean: float, deviation: float, threads: int | None) -> np.ndarray:
+    side = network.config.multiple
+    pad = [(0, -n % side) for n in conformed.shape]
+    with torch.inference_mode(), _threads(threads):
+        x = torch.from_numpy(np.pad(conformed, pad)).float().sub_(mean).div_(deviation)[None, None]  # (1, 1, D, H, W)
+        d, h, w = conformed.shape
+        return np.ascontiguousarray(network.probabilities(x)[0, :, :d, :h, :w].numpy())  # (C, D, H, W)
 
 
 def best_device() -> torch.device:

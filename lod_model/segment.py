@@ -19,9 +19,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -33,6 +34,7 @@ from data_registry.protocol import Protocol
 from data_registry.volume import SUFFIXES, Volume, load_image, save_volume
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
+from lod_model.engine import compile_network
 from lod_model.overlay import write_overlay
 from lod_model.predict import best_device, predict
 from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
@@ -64,12 +66,14 @@ def segment(
     weights: str | os.PathLike | weight_files.Weights,
     postprocess: str = "components",
     threads: int | None = None,
+    engine: Literal["plain", "fast"] = "plain",
     on_done: Callable[[Outcome, int], None] = lambda outcome, total: None,
 ) -> list[Outcome]:
     """Segment scans, or all T1w below folders, into the folder ``out``; one :class:`Outcome` an input, in order.
 
-    ``on_done`` hears of each as it is finished, with the number of all. An earlier result of the same input is replaced; nothing else
-    is ever overwritten. Raises :class:`InputError` if nothing can be done: no input exists, bad weights, no place to write.
+    ``on_done`` hears of each as it is finished, with the number of all. ``engine`` fast computes LOD-Brain on the CPU by
+    :mod:`lod_model.engine`. An earlier result of the same input is replaced; nothing else is ever overwritten. Raises
+    :class:`InputError` if nothing can be done: no input exists, bad weights, no place to write.
     """
     if postprocess not in cleaning.METHODS:
         raise InputError(f"postprocess {postprocess!r} is not known; one of {', '.join(cleaning.METHODS)} is wanted")
@@ -78,7 +82,10 @@ def segment(
         raise InputError("; ".join(problems.values()) or "no scan is given; T1w files or folders that hold them are wanted")
     out = _made_folder(out)
     loaded = weights if isinstance(weights, weight_files.Weights) else usable_weights(weights)
-    loaded.network.to(best_device())
+    if engine == "fast":
+        loaded = replace(loaded, network=compile_network(loaded.network))
+    else:
+        loaded.network.to(best_device())
     total = len(scans) + len(problems)
     outcomes = []
     for path, line in problems.items():

@@ -7,6 +7,7 @@ import torch
 from lod_model import weights
 from lod_model.engine import _empty, _kernel, _ThinConv, _windows, compile_network
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
+from lod_model.predict import predict
 
 RELEASED = LODBrainConfig()
 NETWORKS = {
@@ -144,3 +145,13 @@ def test_published_answers_at_256(test_data, scan):
         if error is not None:   # the references' probabilities are float16
             sampled = probabilities.flatten(1)[:, sample].T.numpy()
             np.testing.assert_allclose(sampled, reference["probability"].astype(np.float32), atol=error)
+
+
+def test_prediction_is_the_same_through_either_engine():
+    """The one predict, on sides that need padding."""
+    torch.manual_seed(0)
+    network = LODBrain(LODBrainConfig()).eval()
+    conformed = torch.randint(0, 256, (20, 24, 30), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
+    plain, fast = predict(network, conformed), predict(compile_network(network), conformed)
+    assert fast.shape == plain.shape == (7, 20, 24, 30)
+    assert abs(fast - plain).max() < 1e-4
