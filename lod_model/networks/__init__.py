@@ -5,7 +5,7 @@ from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for th
 side of an image must be a multiple of. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
-('lod_brain',)
+('lod_brain', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
 """
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NETWORKS = {                                   # name → module of this folder : class
     "lod_brain": "lod_brain:LODBrain",
+    "unet": "unet:UNet",
 }
 
 
