@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 
-def corrupt(image: np.ndarray, *, seed: int, strength: float = 1.0, voxel_mm: float) -> np.ndarray:
+def corrupt(image: np.ndarray, *, seed: int, strength: float = 1.0, voxel_mm: float, inverted: float = 0.1) -> np.ndarray:
     """A random acquisition of ``image`` (D, H, W) float in [0, 1], LIA, isotropic voxels of ``voxel_mm``; float32 in [0, 1], a new array.
 
-    All parameters come from ``seed``; ``strength`` scales their ranges, 0 returns the image as it is. Chances are constants below.
+    All parameters come from ``seed``; ``strength`` scales their ranges, 0 returns the image as it is. ``inverted`` is the share with dark and
+    bright exchanged; the other chances are constants below.
 
     >>> cube = np.pad(np.full((6, 5, 7), 0.6, np.float32), 4)
     >>> out = corrupt(cube, seed=3, voxel_mm=2.0)
@@ -28,7 +29,7 @@ def corrupt(image: np.ndarray, *, seed: int, strength: float = 1.0, voxel_mm: fl
     if not strength:
         return x.numpy()
     with reproducible(seed):
-        if chance(0.1):
+        if chance(inverted):
             x = invert(x, depth=uniform(0.5, 1.0))
         if chance(0.5):
             x = x.clamp_(min=0).pow_(float(np.exp(uniform(-0.5, 0.5) * strength)))

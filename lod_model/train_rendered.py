@@ -1,0 +1,317 @@
+"""Train a network on renderings of label maps alone → ``<out>/weights.pt``: no scan is ever read.
+
+    python -m lod_model.train_rendered --anatomies folder/ --recipe params/rendered.yaml --out runs/rendered
+
+A step's sample depends on (seed, step) alone, and the state is saved every few minutes: a stopped run goes on where it was, on any number
+of workers. The weights that count are the running mean of the last steps' (Polyak averaging).
+"""
+
+import argparse
+import copy
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError, run_stage
+from data_registry.files import replacing
+from data_registry.params import fingerprint
+from lod_model import networks, weights
+from lod_model.augment import sample_seed
+from lod_model.render import CUBE_MM, Anatomy, Rendering, load_anatomy, render, zscored
+
+log = logging.getLogger("lodbrain.train_rendered")
+SAVE_SECONDS = 120
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Stage(_Section):
+    """Some steps of Adam on one part of the network."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+    level: Literal["coarse", "fine"] = "fine"
+    """coarse: level 0 alone, behind the max-pooling that it has in the whole network."""
+    steps: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    window: Annotated[int, Field(ge=8)] | None = None
+    """Edge, in voxels, of the part of the head that the finest level is trained on; null: all of it."""
+    samples: Annotated[int, Field(ge=1, le=6)] | None = None
+    """Labels under a voxel, along an axis; null: one a millimetre."""
+
+
+class Recipe(_Section):
+    """All that the weights depend on, besides the label maps."""
+
+    network: str = "lod_brain"
+    config: dict = {}
+    """Overrides of the network's own configuration."""
+    protocol: str = "lod7"
+    voxel_mm: Annotated[int, Field(ge=1, le=8)] = 2
+    seed: int = 0
+    rendering: dict = {}
+    """Overrides of :class:`lod_model.render.Rendering`."""
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the voxel-mean cross-entropy beside the Dice loss; it keeps small classes alive in short trainings."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay a step of the running mean of the weights."""
+    stages: tuple[Stage, ...]
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; InputError names the file and the key."""
+    path = Path(path)
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; a recipe in YAML is wanted") from None
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise InputError(f"{path}: not a YAML file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
+    except ValidationError as error:
+        lines = (f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise InputError(f"{path}: {'; '.join(lines)}") from None
+
+
+def main() -> None:
+    """Train by a recipe on the label maps of a folder."""
+    parser = argparse.ArgumentParser(prog="python -m lod_model.train_rendered", description=main.__doc__)
+    parser.add_argument("--anatomies", type=Path, required=True, help="folder of whole-head label maps with FreeSurfer ids")
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=1, help="processes that render; no result depends on it")
+    parser.add_argument("--threads", type=int, help="of the training itself")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    recipe = load_recipe(arguments.recipe)
+    train(recipe, load_anatomies(arguments.anatomies), arguments.out, workers=arguments.workers)
+
+
+def load_anatomies(folder: Path) -> list[Anatomy]:
+    """All label maps of a folder, by name. InputError if it has none."""
+    files = sorted(path for path in folder.glob("*") if path.name.endswith((".nii", ".nii.gz", ".mgz")))
+    if not files:
+        raise InputError(f"{folder}: no label maps; a folder of whole-head .nii.gz or .mgz label maps is wanted")
+    return [load_anatomy(path) for path in files]
+
+
+def train(recipe: Recipe, anatomies: list[Anatomy], out: Path, *, workers: int = 0) -> Path:
+    """All stages of the recipe, going on where an earlier call stopped; returns the weights' path."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = _resumed(out, recipe, anatomies)
+    network = None
+    for number, stage in enumerate(recipe.stages):
+        if number < state["stage"] - 1:
+            continue
+        previous, network = network, _network(recipe, stage)
+        if number == state["stage"] - 1:                                          # done: what the next one starts from, if that has not begun
+            network.load_state_dict(state["average"]) if not state["step"] else None
+            continue
+        mine = state if number == state["stage"] and state["step"] else None
+        if previous is not None and mine is None:
+            _grow(network, previous)
+        network = fit(
+            network, stage, recipe, anatomies, workers=workers, state=mine, save=lambda s, n=number: _save(out, recipe, anatomies, n, s), folder=out
+        )
+        _save(out, recipe, anatomies, number + 1, {"step": 0, "average": network.state_dict()})
+        network_weights(out / f"weights-{stage.name}.pt", network, recipe, anatomies)
+    return network_weights(out / "weights.pt", network, recipe, anatomies)
+
+
+def network_weights(path: Path, network: nn.Module, recipe: Recipe, anatomies: list[Anatomy]) -> Path:
+    """The checkpoint, with what it came from."""
+    provenance = {"trained_on": "renderings of label maps", "anatomies": [a.name for a in anatomies], "recipe": recipe.model_dump(mode="json")}
+    grid = f"{recipe.voxel_mm}mm"
+    return weights.save(path, network, name=recipe.network, protocol=recipe.protocol, grid=grid, provenance=provenance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+class Renderings(Dataset):
+    """Item n is the sample of step n: image (1, D, H, W) float32 z-scored, fractions (C, D, H, W) float32, window (3,) int64."""
+
+    def __init__(self, anatomies: list[Anatomy], recipe: Recipe, stage: Stage) -> None:
+        self.anatomies, self.recipe, self.stage = anatomies, recipe, stage
+        self.protocol, self.how = protocols.load(recipe.protocol), Rendering(**recipe.rendering)
+
+    def __len__(self) -> int:
+        return self.stage.steps
+
+    def __getitem__(self, step: int) -> dict[str, Tensor]:
+        recipe, stage = self.recipe, self.stage
+        generator = np.random.default_rng([recipe.seed, sample_seed(recipe.seed, step, stage.name)])
+        of_pass = np.random.default_rng([recipe.seed, step // len(self.anatomies)]).permutation(len(self.anatomies))
+        anatomy, seed = self.anatomies[of_pass[step % len(self.anatomies)]], int(generator.integers(2**62))
+        sample = render(anatomy, protocol=self.protocol, seed=seed, voxel_mm=recipe.voxel_mm, samples=stage.samples, how=self.how)
+        image, counts = zscored(sample.image), sample.counts
+        if generator.random() < 0.5:                                              # LIA: axis 0 is left–right
+            image, counts = image[::-1], counts[self.protocol.mirrored()][:, ::-1]
+        return {
+            "image": torch.from_numpy(image.copy())[None],
+            "fractions": torch.from_numpy(counts.astype(np.float32) / sample.samples),
+            "window": torch.from_numpy(_window(counts, stage.window or image.shape[0], generator)),
+        }
+
+
+def _window(counts: np.ndarray, edge: int, generator: np.random.Generator, *, step: int = 8) -> np.ndarray:
+    """First voxel (3,) of a cube that holds as much of the brain as it can, its place otherwise random, in multiples of ``step``."""
+    side, brain = counts.shape[1], counts[0] < counts.sum(0, dtype=np.uint16)
+    first = []
+    for axis in range(3):
+        inside = np.flatnonzero(brain.any(tuple(a for a in range(3) if a != axis)))
+        low, high = (inside[0], inside[-1] + 1) if len(inside) else (0, side)
+        ends = sorted((min(low, side - edge), max(high - edge, 0)))
+        low, high = -(-ends[0] // step), ends[1] // step
+        first.append(step * int(generator.integers(min(low, high), max(low, high) + 1)))
+    return np.clip(np.array(first), 0, side - edge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+
+
+def fit(network: nn.Module, stage: Stage, recipe: Recipe, anatomies: list[Anatomy], *, workers=0, state=None, save=None, folder=None, note=None) -> nn.Module:
+    """The network after the stage: the running mean of its weights."""
+    samples = Renderings(anatomies, recipe, stage)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=stage.learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, stage.learning_rate, total_steps=stage.steps, pct_start=0.1, cycle_momentum=False)
+    average, first = copy.deepcopy(network), 0
+    if state:
+        for part, key in ((network, "network"), (average, "average"), (optimiser, "optimiser"), (schedule, "schedule")):
+            part.load_state_dict(state[key])
+        first = state["step"]
+    loader = DataLoader(samples, batch_size=1, sampler=range(first, stage.steps), num_workers=workers, worker_init_fn=_one_thread)
+    network.train()
+    saved, losses, waited, start = time.monotonic(), [], 0.0, time.monotonic()
+    asked = time.monotonic()
+    for step, batch in enumerate(loader, first):
+        waited += time.monotonic() - asked
+        torch.manual_seed(sample_seed(recipe.seed, step, "dropout"))
+        optimiser.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=_has_bf16()):
+            logits, fractions = _forward(network, stage, batch)
+        loss, dice = _loss(logits.float(), fractions, recipe.cross_entropy)
+        if not torch.isfinite(loss):
+            raise InputError(f"{stage.name}, step {step}: the loss is {loss.item()}; a lower learning_rate is wanted")
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        decay = min(recipe.average, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), network.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
+        losses.append([loss.item(), *dice.tolist()])
+        if len(losses) == 50 or step + 1 == stage.steps:
+            mean = np.nanmean(losses, axis=0)
+            seconds = (time.monotonic() - start) / len(losses)
+            line = f"{stage.name}\t{step + 1}\t{seconds:.3f}\t{waited / len(losses):.3f}\t" + "\t".join(f"{value:.4f}" for value in mean)
+            print(line, flush=True)
+            if folder:
+                with open(folder / "log.tsv", "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            if note:
+                note(step + 1, mean)
+            losses, waited, start = [], 0.0, time.monotonic()
+        if save and time.monotonic() - saved > SAVE_SECONDS:
+            parts = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
+            save({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()})
+            saved = time.monotonic()
+        asked = time.monotonic()
+    return average.eval()
+
+
+def _forward(network: nn.Module, stage: Stage, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits and the fractions that they are held against."""
+    x, fractions = batch["image"], batch["fractions"]
+    if stage.level == "coarse":
+        pool = network.config.coarse_pool
+        return network.forward_coarse(nn.functional.max_pool3d(x, pool)), nn.functional.avg_pool3d(fractions, pool)
+    if stage.window is None:
+        return network(x), fractions
+    box = [slice(int(first), int(first) + stage.window) for first in batch["window"][0]]
+    fractions = fractions[:, :, *box]
+    if hasattr(network, "forward_window"):
+        return network.forward_window(x, box), fractions
+    return network(x[:, :, *box]), fractions
+
+
+def _loss(logits: Tensor, fractions: Tensor, cross_entropy: float) -> tuple[Tensor, Tensor]:
+    """Soft Dice over the classes that are there, plus weighted cross-entropy; and the Dice of each class (C,), NaN where it is not there."""
+    p = logits.softmax(1)
+    there = fractions.sum((0, 2, 3, 4)) > 0
+    dice = 2 * (p * fractions).sum((0, 2, 3, 4)) / (p.square().sum((0, 2, 3, 4)) + fractions.square().sum((0, 2, 3, 4)) + 1e-6)
+    loss = 1 - dice[there].mean()
+    if cross_entropy:
+        loss = loss - cross_entropy * (fractions * logits.log_softmax(1)).sum(1).mean()
+    return loss, torch.where(there, dice.detach(), torch.nan)
+
+
+def _has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages and states
+
+
+def _network(recipe: Recipe, stage: Stage) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    config = dict(recipe.config)
+    if stage.level == "coarse":
+        whole = networks.build(recipe.network, config).config
+        config |= {"levels": 1, "coarse_pool": whole.pools[0]}
+    network = networks.build(recipe.network, config)
+    edge = stage.window or CUBE_MM // recipe.voxel_mm
+    if edge % network.config.multiple or edge > CUBE_MM // recipe.voxel_mm:
+        raise InputError(f"stage {stage.name}: window {edge}; a multiple of {network.config.multiple} up to {CUBE_MM // recipe.voxel_mm} is wanted")
+    return network
+
+
+def _grow(network: nn.Module, previous: nn.Module) -> None:
+    """Start from the stage before: the same network, or one of fewer levels."""
+    if network.config == previous.config:
+        network.load_state_dict(previous.state_dict())
+    else:
+        networks.load_coarse(network, previous)
+
+
+def _identity(recipe: Recipe, anatomies: list[Anatomy], stage: int, step: int) -> str:
+    """Of all that the state after so many stages and steps depends on: what comes later may still change."""
+    done = recipe.stages[: stage + (step > 0)]
+    return fingerprint(recipe.model_copy(update={"stages": done}), [anatomy.name for anatomy in anatomies])
+
+
+def _save(out: Path, recipe: Recipe, anatomies: list[Anatomy], stage: int, state: dict) -> None:
+    with replacing(out / "state.pt") as aside:
+        torch.save({"identity": _identity(recipe, anatomies, stage, state["step"]), "stage": stage} | state, aside)
+
+
+def _resumed(out: Path, recipe: Recipe, anatomies: list[Anatomy]) -> dict:
+    path = out / "state.pt"
+    if not path.is_file():
+        return {"stage": 0, "step": 0}
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["identity"] != _identity(recipe, anatomies, state["stage"], state["step"]):
+        raise InputError(f"{path}: of another recipe or other label maps; another --out is wanted, or this folder removed")
+    return state
+
+
+if __name__ == "__main__":
+    run_stage(main)
