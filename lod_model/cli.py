@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-weights_app = typer.Typer(help="Look at weights, or import the authors' published ones.", no_args_is_help=True, rich_markup_mode=None)
+weights_app = typer.Typer(help="List weights and look at them, import and export them.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(weights_app, name="weights")
 
 
@@ -48,7 +48,9 @@ class Engine(StrEnum):
 def segment(
     scans: Annotated[list[str], typer.Argument(metavar="SCAN...", help="T1w files (.nii[.gz], .mgz, .mgh), or folders with *_T1w.nii[.gz] below.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the outputs; made if absent.")],
-    weights: Annotated[Path | None, typer.Option(help="A checkpoint, imported weights, or the authors' .h5.", envvar="LODBRAIN_WEIGHTS")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, imported weights, or the authors' .h5; by default the packaged model.", envvar="LODBRAIN_WEIGHTS")
+    ] = None,
     postprocess: Annotated[
         Postprocess, typer.Option(help="none; components: keep the largest component; release: as the authors do.")
     ] = Postprocess.components,
@@ -60,16 +62,12 @@ def segment(
     Each scan gets a line on stdout: label map, verdict (pass, review or fail), seconds, reasons. A scan that cannot be used gets one
     on stderr, and the others go on. Exit status: 0 all were segmented, 1 some were refused, 2 nothing could be done.
     """
-    if weights is None:
-        raise InputError(
-            "--weights is not given and no model is packaged yet; the weights.pt of a training run, "
-            "or weights made by `lodbrain weights import FILE.h5`, are wanted"
-        )
     from lod_model.segment import segment as segment_scans
+    from lod_model.weights import default
 
     with _progress() as advance:
         chosen = {"postprocess": postprocess.value, "engine": engine.value, "threads": threads}
-        outcomes = segment_scans(scans, out=out, weights=weights, on_done=advance, **chosen)
+        outcomes = segment_scans(scans, out=out, weights=weights or default(), on_done=advance, **chosen)
     refused = sum(outcome.dseg is None for outcome in outcomes)
     if len(outcomes) > 1:
         counts = ", ".join(f"{sum(o.verdict == v and o.dseg is not None for o in outcomes)} {v}" for v in ("pass", "review", "fail"))
@@ -106,46 +104,156 @@ def _print_outcome(outcome: "Outcome") -> None:
 
 
 @app.command()
-def networks(as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False) -> None:
-    """List the networks and how many parameters each has in its default configuration."""
-    from lod_model import networks as known
+def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects.")] = False) -> None:
+    """List the networks in their default configurations.
 
-    rows = [{"network": name, "parameters": sum(p.numel() for p in known.build(name).parameters())} for name in known.names()]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        print("\n".join(f"{row['network']}\t{row['parameters']}" for row in rows))
+    GMAC: multiply-accumulates of the convolutions of one pass at the stated grid, in thousand millions, as the network is written here.
+    """
+    from data_registry import protocol
+    from lod_model import networks as known
+    from lod_model.export import grid_side
+    from lod_model.networks.cost import macs
+
+    rows, grid = [], "1mm"
+    for name in known.names():
+        network = known.build(name)
+        rows.append({
+            "name": name,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "protocols": list(protocol.names()),
+            "grid": grid,
+            "side": grid_side(grid),
+            "gmac": round(macs(network, grid_side(grid)) / 1e9, 1),
+            "multiple": network.config.multiple,
+            "stages": ["fine"] if known.build_coarse(name) is None else ["coarse", "fine"],
+            "config": network.config.to_dict(),
+        })  # fmt: skip
+    _print_rows(rows, ("name", "parameters", "protocols", "grid", "side", "gmac", "multiple", "stages"), as_json=as_json)
+
+
+@weights_app.command("list")
+def list_weights(
+    folders: Annotated[list[Path] | None, typer.Argument(metavar="[FOLDER]...", help="Also the weights in these folders.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects, with the whole hash and provenance.")] = False,
+) -> None:
+    """List the weights that come with the project, the default first, and those in folders.
+
+    A file that cannot be used gets a line on stderr, and exit status 1.
+    """
+    from lod_model import weights
+
+    paths = weights.packaged()
+    for folder in folders or ():
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder; one with weights is wanted")
+        paths += sorted(path for path in folder.iterdir() if path.suffix in (".pt", ".h5", ".safetensors"))
+    rows, unusable = [], 0
+    for path in paths:
+        try:
+            rows.append(_facts(path))
+        except InputError as error:
+            unusable += 1
+            print(f"error: {error}", file=sys.stderr)
+    columns = ("name", "network", "protocol", "grid", "parameters", "hash", "licence", "path")
+    _print_rows(rows if as_json else [row | {"hash": row["hash"][:12]} for row in rows], columns, as_json=as_json)
+    if not paths:
+        print("no weights are packaged", file=sys.stderr)
+    raise typer.Exit(1 if unusable else 0)
 
 
 @weights_app.command("import")
 def import_weights(
-    file: Annotated[Path, typer.Argument(metavar="FILE.h5", help="The authors' Keras weights, one or two levels.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="By default FILE.pt beside FILE.h5.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The authors' Keras weights (.h5), one or two levels, or our .safetensors.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="By default FILE.pt beside FILE.")] = None,
 ) -> None:
-    """Turn the authors' published Keras weights into ours."""
+    """Turn the authors' published Keras weights, or exported safetensors, into a checkpoint."""
     from lod_model import weights
     from lod_model.segment import usable_weights
 
-    out = out or file.with_suffix(".pt")
-    if out.exists():
-        raise InputError(f"{out}: exists already; a new file is wanted (-o)")
+    out = _new_file(out or file.with_suffix(".pt"))
     found = usable_weights(file)
-    try:
+    with _writing(out):
         weights.save(out, found.network, name=found.name, protocol=found.protocol, grid=found.grid, provenance=found.provenance)
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror}; a place to write to is wanted") from None
-    print(out)
 
 
-@weights_app.command("info")
-def weights_info(file: Annotated[Path, typer.Argument(help="Weights of any kind that `segment` takes.")]) -> None:
-    """Say what weights are: network, protocol, grid, hash, provenance."""
+@weights_app.command("export")
+def export_weights(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Weights of any kind that `segment` takes.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="OUT.safetensors or OUT.onnx.")],
+    side: Annotated[int | None, typer.Option(min=1, help="ONNX: voxels along each side, fixed; by default those of the weights' grid.")] = None,
+) -> None:
+    """Write weights for other programs: safetensors, or ONNX of the network as written.
+
+    ONNX is opset 18, float32, from `image` (1, 1, S, S, S), z-scored over all voxels, to `logits` (1, C, S, S, S). At 256 voxels a runtime
+    may need over 20 GB; `lodbrain segment` does not.
+    """
+    if out.suffix not in (".safetensors", ".onnx"):
+        raise InputError(f"{out}: suffix {out.suffix!r}; .safetensors or .onnx is wanted")
+    if side is not None and out.suffix != ".onnx":
+        raise InputError(f"--side {side}: is of ONNX alone; {out} is wanted as .onnx, or no --side")
+    from lod_model import export
     from lod_model.segment import usable_weights
 
     found = usable_weights(file)
-    facts = {key: getattr(found, key) for key in ("name", "protocol", "grid", "hash", "provenance")}
-    facts["parameters"] = sum(p.numel() for p in found.network.parameters())
-    print(json.dumps(facts, indent=2, default=str))
+    with _writing(_new_file(out)):
+        if out.suffix == ".onnx":
+            export.write_onnx(out, found, side=side)
+        else:
+            export.write_safetensors(out, found)
+
+
+@weights_app.command("info")
+def weights_info(
+    file: Annotated[Path, typer.Argument(help="Weights of any kind that `segment` takes.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON; it is never anything else.")] = True,
+) -> None:
+    """Say what weights are: network, protocol, grid, hash, provenance. JSON."""
+    print(json.dumps(_facts(file), indent=2, default=str))
+
+
+def _facts(path: Path) -> dict:
+    from lod_model.segment import usable_weights
+
+    found = usable_weights(path)
+    return {
+        "name": path.stem,
+        "network": found.name,
+        "protocol": found.protocol,
+        "grid": found.grid,
+        "parameters": sum(p.numel() for p in found.network.parameters()),
+        "hash": found.hash,
+        "licence": found.provenance.get("licence"),
+        "path": str(path),
+        "config": found.network.config.to_dict(),
+        "provenance": found.provenance,
+    }
+
+
+def _print_rows(rows: list[dict], columns: tuple[str, ...], *, as_json: bool) -> None:
+    """Rows as JSON, or these columns of them as lines with tabs below a header."""
+    if as_json:
+        print(json.dumps(rows, indent=2, default=str))
+        return
+    print("\t".join(columns))
+    for row in rows:
+        cells = [row[column] for column in columns]
+        print("\t".join(", ".join(cell) if isinstance(cell, list) else "-" if cell is None else str(cell) for cell in cells))
+
+
+def _new_file(path: Path) -> Path:
+    if path.exists():
+        raise InputError(f"{path}: exists already; a new file is wanted (-o)")
+    return path
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says where the file is once it stands; a place that cannot be written to is one line."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; a place to write to is wanted") from None
+    print(path)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Weights on disk: our checkpoint, and the Keras weights that the authors of LOD-Brain published.
+"""Weights on disk: our checkpoint, as .pt or as safetensors, and the Keras weights that the authors of LOD-Brain published.
 
 Our checkpoint is one ``.pt`` file of tensors and plain values, read with ``weights_only=True``, so that opening one runs
 no code that it carries:
 
     {format: 1, network: {name, config}, protocol, grid, state: {name: tensor}, provenance: {...}}
+
+A safetensors file has the same in its metadata, config and provenance as JSON (:mod:`lod_model.export` writes it).
 
 ``protocol`` says what the classes mean, ``grid`` on which voxels the network was trained. The state that a run resumes
 from (optimiser, epoch, random state) is another file and not read here.
@@ -12,6 +14,7 @@ from (optimiser, epoch, random state) is another file and not read here.
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from typing import Any
 
 import h5py
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_registry.errors import InputError
@@ -27,6 +31,10 @@ from lod_model import networks
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 
 FORMAT = 1
+SAFETENSORS = "lodbrain 1"
+"""``format`` in the metadata of a safetensors file."""
+PACKAGED = Path(__file__).parent / "models"
+DEFAULT = "lod7-rendered"
 KEYS = ("format", "network", "protocol", "grid", "state", "provenance")
 AUTHORS = {
     "source": "rockNroll87q/LOD-Brain",
@@ -46,7 +54,7 @@ class Weights:
     name        key of ``networks.NETWORKS``
     protocol    label protocol of its classes, such as ``lod7``
     grid        grid it was trained on, such as ``1mm``
-    hash        ``weights_hash`` of its tensors: the same for a .pt and the .h5 it came from
+    hash        ``weights_hash`` of its tensors: the same for a .pt, the .h5 it came from and the .safetensors made of it
     provenance  plain values: source, licence, citation, run, data, ...
     """
 
@@ -94,8 +102,24 @@ def save(path: str | Path, network: nn.Module, *, name: str, protocol: str, grid
     return path
 
 
+def packaged() -> list[Path]:
+    """The weights that come with the project, the default first."""
+    return sorted(PACKAGED.glob("*.pt"), key=lambda path: (path.stem != DEFAULT, path.stem))
+
+
+def default() -> Path:
+    """The weights to use when none are named; InputError where the project was installed without them."""
+    path = PACKAGED / f"{DEFAULT}.pt"
+    if not path.is_file():
+        raise InputError(
+            f"--weights is not given and no model is packaged ({path}); the weights.pt of a training run, "
+            "or weights made by `lodbrain weights import FILE.h5`, are wanted"
+        )
+    return path
+
+
 def load(path: str | Path) -> Weights:
-    """Read our checkpoint or the authors' Keras weights; the content decides which, not the name.
+    """Read our checkpoint, its safetensors, or the authors' Keras weights; the content decides which, not the name.
 
     WeightsError where the file is missing, cut short, carries code, or is something else.
     """
@@ -105,17 +129,52 @@ def load(path: str | Path) -> Weights:
     if h5py.is_hdf5(path):
         network, meta = import_keras(path)
     elif zipfile.is_zipfile(path):
-        network, meta = _read_checkpoint(path)
+        network, meta = _built(_read_checkpoint(path), path)
+    elif _is_safetensors(path):
+        network, meta = _built(_read_safetensors(path), path)
     else:
-        raise WeightsError(f"{path}: neither a checkpoint nor Keras weights (or cut short), {path.stat().st_size} bytes")
+        raise WeightsError(f"{path}: neither a checkpoint nor Keras weights nor safetensors (or cut short), {path.stat().st_size} bytes")
     return Weights(network=network.eval(), hash=weights_hash(network.state_dict()), path=path, **meta)
 
 
-def _read_checkpoint(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _read_checkpoint(path: Path) -> object:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:   # whatever a damaged or hostile file makes of the reader, it is the file's fault
         raise WeightsError(f"{path}: not a checkpoint of tensors and plain values ({_first_line(error)})") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Eight bytes of length, little-endian, then a JSON object: the format has no other mark."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") + 8 <= path.stat().st_size
+
+
+def _read_safetensors(path: Path) -> object:
+    """A safetensors file as the content of a checkpoint."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}   # noqa: SIM118, it is no dict
+    except Exception as error:
+        raise WeightsError(f"{path}: not readable as safetensors ({_first_line(error)})") from None
+    if meta.get("format") != SAFETENSORS:
+        raise WeightsError(f"{path}: safetensors of format {meta.get('format')!r}, wanted {SAFETENSORS!r}, as `lodbrain weights export` writes")
+    if meta.get("hash") != weights_hash(state):
+        raise WeightsError(f"{path}: hash {meta.get('hash')}, wanted {weights_hash(state)}, that of its tensors")
+    try:
+        config, provenance = json.loads(meta["config"]), json.loads(meta["provenance"])
+        plain = {"protocol": meta["protocol"], "grid": meta["grid"], "provenance": provenance}
+        return {"format": FORMAT, "network": {"name": meta["network"], "config": config}, "state": state, **plain}
+    except KeyError as error:
+        raise WeightsError(f"{path}: no {error.args[0]} in its metadata") from None
+    except ValueError as error:
+        raise WeightsError(f"{path}: metadata that is not JSON ({_first_line(error)})") from None
+
+
+def _built(content: object, path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint's content, each part of which is checked."""
     if not isinstance(content, dict) or set(content) != set(KEYS):
         came = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{path}: has {came[:200] or 'nothing'}; wanted {', '.join(KEYS)}")

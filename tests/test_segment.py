@@ -11,13 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from data_registry.conform import place_grid, probabilities_to_native
 from data_registry.errors import InputError
 from data_registry.volume import Volume, load_image, load_labels, save_volume
 from lod_model import weights as weight_files
-from lod_model.cli import app, main
+from lod_model.cli import main
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 from lod_model.predict import moments, predict
 from lod_model.segment import classes_of, find_scans, output_names, segment
@@ -341,12 +340,6 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_command_without_weights_says_what_can_be_given(tmp_path):
-    path = _saved(tmp_path / "scan.nii.gz", _phantom())
-    done = _lodbrain("segment", path, "-o", tmp_path / "out")
-    assert done.returncode == 2 and _is_one_error_line(done.stderr) and "lodbrain weights import" in done.stderr
-
-
 def test_command_goes_on_after_a_bad_scan_and_exits_1(tmp_path, tiny):
     good, bad = _saved(tmp_path / "good.nii.gz", _phantom()), tmp_path / "bad.nii.gz"
     bad.write_bytes(b"")
@@ -380,19 +373,3 @@ def test_command_statuses(tmp_path, tiny, monkeypatch, capsys, scan, weights, st
     assert exit_.value.code == status
     assert bool(captured.out) == (status == 0)
     assert (_is_one_error_line(captured.err) and error in captured.err) if error else not captured.err
-
-
-def test_command_looks_at_weights_and_networks(tiny):
-    info = CliRunner().invoke(app, ["weights", "info", str(tiny)])
-    assert info.exit_code == 0 and json.loads(info.stdout)["grid"] == "8mm"
-    networks = CliRunner().invoke(app, ["networks", "--json"])
-    assert {"network": "lod_brain", "parameters": 337719} in json.loads(networks.stdout)
-
-
-def test_imported_weights_are_the_authors_and_nothing_is_overwritten(test_data, tmp_path):
-    published = test_data / "lod_brain_weights" / "weights_lv1.h5"
-    command = ["weights", "import", str(published), "-o", str(tmp_path / "imported.pt")]
-    assert CliRunner().invoke(app, command).exit_code == 0
-    assert weight_files.load(tmp_path / "imported.pt").hash == weight_files.load(published).hash
-    again = CliRunner().invoke(app, command)
-    assert isinstance(again.exception, InputError) and "exists already" in str(again.exception)
