@@ -65,7 +65,7 @@ def write_onnx(path: str | Path, found: Weights, *, side: int | None = None) -> 
         raise InputError(f"side {side}: a positive multiple of {multiple} is wanted by {found.name}")
     import onnx
 
-    model = _traced(found.network, side)
+    model = traced(found.network, side)
     onnx.helper.set_model_props(model, metadata(found) | {"side": str(side), "input": "z-scored over all voxels, axes L I A"})
     onnx.checker.check_model(model, full_check=True)
     with replacing(path) as aside:
@@ -108,7 +108,7 @@ class MeanOfMeansGroupNorm(nn.Module):
         return means.expand(1, self.groups, channels // self.groups).reshape(1, channels, 1, 1, 1)
 
 
-def _traced(network: nn.Module, side: int) -> object:
+def traced(network: nn.Module, side: int) -> object:
     """The network as an ``onnx.ModelProto``, its weights within; nothing is computed, whatever the side."""
     network = copy.deepcopy(network).cpu().float().eval()
     for name, module in list(network.named_modules()):
