@@ -71,6 +71,8 @@ class Rendering:
     """Share of samples whose structures have any intensity at all."""
     inverted: float = 0.05
     """Share with dark and bright exchanged."""
+    contrast_seed: int | None = None
+    """The same contrast for every sample, as at one site; null: another each time."""
     texture: float = 0.06
     """Largest standard deviation within a structure, of the white matter's intensity."""
     stripped: float = 0.3
@@ -109,7 +111,8 @@ def render(anatomy: Anatomy, *, protocol: Protocol, seed: int, voxel_mm: int = 2
     """
     generator = np.random.default_rng(seed)
     samples = samples or voxel_mm
-    structures = _intensities(anatomy.ids, generator, how)                        # (2, n): mean and deviation
+    of_contrast = generator if how.contrast_seed is None else np.random.default_rng(how.contrast_seed)
+    structures = _intensities(anatomy.ids, of_contrast, how)                      # (2, n): mean and deviation
     mean, deviation, counts = _sampled(anatomy, structures, protocol, _Pose(generator, how), side=CUBE_MM // voxel_mm, samples=samples)
     image = mean + deviation * _texture(mean.shape, generator)
     image = _cut(image, counts, generator, how)
@@ -136,8 +139,8 @@ def _intensities(ids: np.ndarray, generator: np.random.Generator, how: Rendering
     by_id: dict[int, float] = {}
     for group, (offset, spread) in _ALONG.items():
         shared = offset * (1 - grey) / 0.45 + generator.normal(0, spread)
-        own = {i % 40 if i > 40 and i - 41 < 20 else i: generator.normal(0, spread / 3) for i in group}
-        by_id |= {i: fluid + (white - fluid) * (grey + shared + own.get(i, 0.0)) for i in group}
+        own = {i: generator.normal(0, spread / 3) for i in group if _left(i) == i}
+        by_id |= {i: fluid + (white - fluid) * (grey + shared + own[_left(i)]) for i in group}
     for group, (level, spread) in _NEAR_WHITE.items():
         level += generator.normal(0, spread)
         by_id |= dict.fromkeys(group, fluid + (white - fluid) * level)
@@ -147,7 +150,7 @@ def _intensities(ids: np.ndarray, generator: np.random.Generator, how: Rendering
     for group, (low, high) in _RANGES.items():
         by_id |= dict.fromkeys(group, white * generator.uniform(low, high))
     if generator.random() < how.arbitrary_contrast:
-        pairs = {i: generator.uniform(0.05, 1) for i in {_left(i) for i in by_id}}
+        pairs = {i: generator.uniform(0.05, 1) for i in sorted({_left(i) for i in by_id})}
         by_id = {i: pairs[_left(i)] for i in by_id}
     if generator.random() < how.stripped:
         by_id |= dict.fromkeys(OUTSIDE, 0.0)

@@ -42,10 +42,12 @@ def main() -> None:
     for database in arguments.databases:
         for scan, labels in labelled_scans(database, weights):
             dice = dice_at_1mm(scan, labels, weights, postprocess=arguments.postprocess)
-            rows.append([database.resolve().name, scan.name.removesuffix(".gz").removesuffix(".nii"), *(f"{value:.4f}" for value in [*dice, dice.mean()])])
+            name = scan.name.removesuffix(".gz").removesuffix(".nii")
+            rows.append([database.resolve().name, name, *(f"{value:.4f}" for value in [*dice, dice.mean()])])
             print("\t".join(rows[-1]), flush=True)
     if not rows:
-        raise InputError(f"{', '.join(map(str, arguments.databases))}: no T1w with labels that {weights.protocol} speaks of; BIDS databases are wanted")
+        asked = ", ".join(map(str, arguments.databases))
+        raise InputError(f"{asked}: no T1w with labels that {weights.protocol} speaks of; BIDS databases are wanted")
     if arguments.out:
         with replacing(arguments.out) as aside, open(aside, "w", encoding="utf-8", newline="") as file:
             csv.writer(file, delimiter="\t", lineterminator="\n").writerows([columns, *rows])

@@ -8,6 +8,7 @@ of workers. The weights that count are the running mean of the last steps' (Poly
 
 import argparse
 import copy
+import functools
 import logging
 import time
 from pathlib import Path
@@ -32,11 +33,13 @@ log = logging.getLogger("lodbrain.train_rendered")
 SAVE_SECONDS = 120
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings: frozen, an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Stage(_Section):
+class Stage(Section):
     """Some steps of Adam on one part of the network."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
@@ -50,7 +53,7 @@ class Stage(_Section):
     """Labels under a voxel, along an axis; null: one a millimetre."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All that the weights depend on, besides the label maps."""
 
     network: str = "lod_brain"
@@ -113,16 +116,16 @@ def train(recipe: Recipe, anatomies: list[Anatomy], out: Path, *, workers: int =
     for number, stage in enumerate(recipe.stages):
         if number < state["stage"] - 1:
             continue
-        previous, network = network, _network(recipe, stage)
+        previous, network = network, build_stage(recipe, stage)
         if number == state["stage"] - 1:                                          # done: what the next one starts from, if that has not begun
             network.load_state_dict(state["average"]) if not state["step"] else None
             continue
         mine = state if number == state["stage"] and state["step"] else None
         if previous is not None and mine is None:
-            _grow(network, previous)
-        network = fit(
-            network, stage, recipe, anatomies, workers=workers, state=mine, save=lambda s, n=number: _save(out, recipe, anatomies, n, s), folder=out
-        )
+            grow(network, previous)
+        note = functools.partial(_note, out / "log.tsv", stage.name)
+        save = functools.partial(_save, out, recipe, anatomies, number)
+        network = fit(network, stage, Renderings(anatomies, recipe, stage), recipe=recipe, workers=workers, state=mine, save=save, note=note)
         _save(out, recipe, anatomies, number + 1, {"step": 0, "average": network.state_dict()})
         network_weights(out / f"weights-{stage.name}.pt", network, recipe, anatomies)
     return network_weights(out / "weights.pt", network, recipe, anatomies)
@@ -182,55 +185,64 @@ def _window(counts: np.ndarray, edge: int, generator: np.random.Generator, *, st
 # Steps
 
 
-def fit(network: nn.Module, stage: Stage, recipe: Recipe, anatomies: list[Anatomy], *, workers=0, state=None, save=None, folder=None, note=None) -> nn.Module:
-    """The network after the stage: the running mean of its weights."""
-    samples = Renderings(anatomies, recipe, stage)
+def fit(network: nn.Module, stage: Stage, samples: Dataset, *, recipe: Recipe, workers: int = 0, state: dict | None = None, **hear) -> nn.Module:
+    """The network after the stage: the running mean of its weights. Item n of ``samples`` is the sample of step n.
+
+    ``state`` is what an earlier call gave to ``hear["save"]``, called now and then; ``hear["note"]`` gets (step, seconds a step, of which
+    waiting for a sample, mean loss, Dice of each class) every 50 steps.
+    """
     optimiser = torch.optim.AdamW(network.parameters(), lr=stage.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, stage.learning_rate, total_steps=stage.steps, pct_start=0.1, cycle_momentum=False)
     average, first = copy.deepcopy(network), 0
+    parts = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
     if state:
-        for part, key in ((network, "network"), (average, "average"), (optimiser, "optimiser"), (schedule, "schedule")):
+        for key, part in parts.items():
             part.load_state_dict(state[key])
         first = state["step"]
     loader = DataLoader(samples, batch_size=1, sampler=range(first, stage.steps), num_workers=workers, worker_init_fn=_one_thread)
     network.train()
-    saved, losses, waited, start = time.monotonic(), [], 0.0, time.monotonic()
-    asked = time.monotonic()
+    saved = start = asked = time.monotonic()
+    waited, recent = 0.0, []
     for step, batch in enumerate(loader, first):
         waited += time.monotonic() - asked
         torch.manual_seed(sample_seed(recipe.seed, step, "dropout"))
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=_has_bf16()):
-            logits, fractions = _forward(network, stage, batch)
-        loss, dice = _loss(logits.float(), fractions, recipe.cross_entropy)
-        if not torch.isfinite(loss):
-            raise InputError(f"{stage.name}, step {step}: the loss is {loss.item()}; a lower learning_rate is wanted")
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimiser.step()
+        recent.append(_step(network, stage, batch, optimiser, recipe.cross_entropy))
+        if not np.isfinite(recent[-1][0]):
+            raise InputError(f"stage {stage.name}, step {step}: the loss is {recent[-1][0]}; a lower learning_rate is wanted")
         schedule.step()
         decay = min(recipe.average, (step + 1) / (step + 10))
         with torch.no_grad():
             for mean, value in zip(average.parameters(), network.parameters(), strict=True):
                 mean.lerp_(value, 1 - decay)
-        losses.append([loss.item(), *dice.tolist()])
-        if len(losses) == 50 or step + 1 == stage.steps:
-            mean = np.nanmean(losses, axis=0)
-            seconds = (time.monotonic() - start) / len(losses)
-            line = f"{stage.name}\t{step + 1}\t{seconds:.3f}\t{waited / len(losses):.3f}\t" + "\t".join(f"{value:.4f}" for value in mean)
-            print(line, flush=True)
-            if folder:
-                with open(folder / "log.tsv", "a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            if note:
-                note(step + 1, mean)
-            losses, waited, start = [], 0.0, time.monotonic()
-        if save and time.monotonic() - saved > SAVE_SECONDS:
-            parts = {"network": network, "average": average, "optimiser": optimiser, "schedule": schedule}
-            save({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()})
+        if len(recent) == 50 or step + 1 == stage.steps:
+            seconds, n = time.monotonic() - start, len(recent)
+            if "note" in hear:
+                hear["note"](step + 1, seconds / n, waited / n, *_means(recent).tolist())
+            waited, recent, start = 0.0, [], time.monotonic()
+        if "save" in hear and time.monotonic() - saved > SAVE_SECONDS:
+            hear["save"]({"step": step + 1} | {key: part.state_dict() for key, part in parts.items()})
             saved = time.monotonic()
         asked = time.monotonic()
     return average.eval()
+
+
+def _step(network: nn.Module, stage: Stage, batch: dict[str, Tensor], optimiser: torch.optim.Optimizer, cross_entropy: float) -> list[float]:
+    """One step of the optimiser; the loss and the Dice of each class before it."""
+    optimiser.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=_has_bf16()):
+        logits, fractions = _forward(network, stage, batch)
+    loss, dice = _loss(logits.float(), fractions, cross_entropy)
+    loss.backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimiser.step()
+    return [loss.item(), *dice.tolist()]
+
+
+def _means(rows: list[list[float]]) -> np.ndarray:
+    """Column means without NaN; NaN where there is nothing else."""
+    values = np.array(rows)
+    known = np.isfinite(values)
+    return np.divide(np.where(known, values, 0).sum(0), known.sum(0), out=np.full(values.shape[1], np.nan), where=known.any(0))
 
 
 def _forward(network: nn.Module, stage: Stage, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -271,7 +283,8 @@ def _one_thread(_worker: int) -> None:
 # Stages and states
 
 
-def _network(recipe: Recipe, stage: Stage) -> nn.Module:
+def build_stage(recipe: Recipe, stage: Stage) -> nn.Module:
+    """A fresh network for the stage, the same for the same seed."""
     torch.manual_seed(recipe.seed)
     config = dict(recipe.config)
     if stage.level == "coarse":
@@ -284,12 +297,20 @@ def _network(recipe: Recipe, stage: Stage) -> nn.Module:
     return network
 
 
-def _grow(network: nn.Module, previous: nn.Module) -> None:
+def grow(network: nn.Module, previous: nn.Module) -> None:
     """Start from the stage before: the same network, or one of fewer levels."""
     if network.config == previous.config:
         network.load_state_dict(previous.state_dict())
     else:
         networks.load_coarse(network, previous)
+
+
+def _note(path: Path, stage: str, step: int, *figures: float) -> None:
+    """A line on stdout and in the log: stage, step, seconds a step, of which waiting, loss, Dice of each class."""
+    line = "\t".join([stage, str(step), *(f"{value:.4f}" for value in figures)])
+    print(line, flush=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
 
 
 def _identity(recipe: Recipe, anatomies: list[Anatomy], stage: int, step: int) -> str:
