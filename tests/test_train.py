@@ -247,6 +247,20 @@ def test_a_flip_swaps_sided_classes():
     assert seen == {True, False}
 
 
+def test_a_network_without_a_coarse_stage_trains_its_fine_one(project, tmp_path, monkeypatch):
+    """The plain U-Net under the same settings: no coarse stage, everything else as ever."""
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("fine: {epochs: 2", "fine: {epochs: 4"))
+    train("unet", load_params(), {0: all_folds()[0]})
+    found = weights.load(fold_folder("unet-base-0", 0) / "weights.pt")
+    stages = json.loads((fold_folder("unet-base-0", 0) / "fold.json").read_text())["stages"]
+    assert found.name == "unet" and found.network.config.widths == (2, 4, 8) and list(stages) == ["fine"]
+    losses = [row["train_loss"] for row in stages["fine"]["history"]]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+
+
 def test_few_scans_are_passed_through_several_times(inside):
     scans = all_folds()[0]["train"][:3]
     order = EpochOrder(scans, seed=5, at_least=7)
