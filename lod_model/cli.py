@@ -49,7 +49,7 @@ def segment(
     scans: Annotated[list[str], typer.Argument(metavar="SCAN...", help="T1w files (.nii[.gz], .mgz, .mgh), or folders with *_T1w.nii[.gz] below.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the outputs; made if absent.")],
     weights: Annotated[
-        Path | None, typer.Option(help="A checkpoint, imported weights, or the authors' .h5; by default the packaged model.", envvar="LODBRAIN_WEIGHTS")
+        Path | None, typer.Option(help="A checkpoint, imported weights or the authors' .h5; default: the packaged model.", envvar="LODBRAIN_WEIGHTS")
     ] = None,
     postprocess: Annotated[
         Postprocess, typer.Option(help="none; components: keep the largest component; release: as the authors do.")

@@ -112,8 +112,8 @@ def default() -> Path:
     path = PACKAGED / f"{DEFAULT}.pt"
     if not path.is_file():
         raise InputError(
-            f"--weights is not given and no model is packaged ({path}); the weights.pt of a training run, "
-            "or weights made by `lodbrain weights import FILE.h5`, are wanted"
+            f"no weights are named and no model is packaged ({path}); --weights with the weights.pt of a training run, "
+            "or with what `lodbrain weights import FILE.h5` makes, is wanted"
         )
     return path
 

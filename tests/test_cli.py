@@ -82,7 +82,7 @@ def test_segment_uses_the_packaged_model_or_says_what_can_be_given(models, tmp_p
     assert done.exit_code == 1 and "the file is empty" in done.stderr   # the scan's fault: weights were found
     (models / "lod7-rendered.pt").unlink()
     line = refused("segment", tmp_path / "scan.nii.gz", "-o", tmp_path / "out")
-    assert "--weights is not given" in line and "lodbrain weights import" in line
+    assert "no weights are named" in line and "--weights" in line and "lodbrain weights import" in line
 
 
 def test_safetensors_there_and_back(models, tmp_path):

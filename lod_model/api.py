@@ -1,0 +1,91 @@
+"""Three lines of Python: load, segment, volumes.
+
+    from lod_model import load
+
+    result = load("weights.pt").segment("scan.nii.gz")
+    print(result.volumes)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_registry import protocol as protocols
+from data_registry.errors import InputError
+from data_registry.volume import Volume, load_image, save_volume
+from lod_model import postprocess as cleaning
+from lod_model.engine import compile_network
+from lod_model.networks.lod_brain import LODBrain
+from lod_model.predict import best_device
+from lod_model.segment import classes_of, usable_weights
+from lod_model.verdict import judge, volumes_ml
+from lod_model.weights import Weights, default
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A segmented scan.
+
+    labels    (I, J, K) uint8, class indices on the scan's own grid, in the file's axis order
+    affine    (4, 4) voxel index → RAS+ mm, the scan's own
+    volumes   mL of each class but the background, by name
+    verdict   pass, review or fail, as of `lodbrain segment`
+    reasons   a sentence each; empty for pass
+    classes   names by class index, the background first
+    """
+
+    labels: np.ndarray
+    affine: np.ndarray
+    volumes: dict[str, float]
+    verdict: str
+    reasons: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the label map as one file, NIfTI or MGH by its suffix. `lodbrain segment` writes all that belongs to it."""
+        path = Path(path)
+        save_volume(path, self.labels, self.affine)
+        return path
+
+
+class Model:
+    """Weights ready to segment; ``weights`` says what they are."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.weights = weights
+
+    def segment(self, scan: str | os.PathLike | Volume, *, postprocess: str = "components", threads: int | None = None) -> Result:
+        """Segment a whole-head T1w of any orientation and voxel size: a file, or a :class:`Volume` already read.
+
+        ``postprocess`` is none, components or release; ``threads`` those of the CPU, by default torch's choice. InputError, one line,
+        where the scan cannot be used.
+        """
+        if postprocess not in cleaning.METHODS:
+            raise InputError(f"postprocess {postprocess!r} is not known; one of {', '.join(cleaning.METHODS)} is wanted")
+        volume = scan if isinstance(scan, Volume) else load_image(scan)
+        protocol = protocols.load(self.weights.protocol)
+        labels, _, grave = classes_of(volume, weights=self.weights, postprocess=postprocess, threads=threads)
+        verdict = judge(labels, volume, protocol, warnings=grave)
+        volumes = volumes_ml(labels, volume, protocol)
+        return Result(labels, volume.affine, volumes, verdict.verdict, verdict.reasons, protocol.class_names)
+
+
+def load(weights: str | os.PathLike | None = None, *, engine: Literal["plain", "fast"] = "fast") -> Model:
+    """The model of a weights file of any kind that `lodbrain segment` takes; by default the packaged one.
+
+    ``engine`` fast computes LOD-Brain on the CPU by :mod:`lod_model.engine`; other networks, and a GPU where there is one, compute the
+    network as written, as plain does everywhere. InputError where the file cannot be used, or none is named and none packaged.
+    """
+    if engine not in ("plain", "fast"):
+        raise InputError(f"engine {engine!r} is not known; one of plain, fast is wanted")
+    found = usable_weights(default() if weights is None else weights)
+    device = best_device()
+    if engine == "fast" and device.type == "cpu" and isinstance(found.network, LODBrain):
+        return Model(replace(found, network=compile_network(found.network)))
+    found.network.to(device)
+    return Model(found)
