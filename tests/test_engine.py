@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from lod_model import weights
-from lod_model.engine import _empty, _kernel, _ThinConv, _windows, compile_network
+from lod_model.engine import _windows, compile_network
+from lod_model.engine_kernels import ThinConv, empty, kernel_of
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 from lod_model.predict import predict
 
@@ -111,7 +112,7 @@ def test_windows_hold_each_slice_with_its_neighbours(depth, step):
 
     padded = torch.nn.functional.pad(volume, [1, 1])
     stops = []
-    for a, b, slab in _windows(fill, _empty((1, 3, step + 2, 2, 2), torch.float32), depth, step):
+    for a, b, slab in _windows(fill, empty((1, 3, step + 2, 2, 2), torch.float32), depth, step):
         assert torch.equal(slab[0, 0, :, 0, 0], padded[a : b + 2])
         stops.append(b)
     assert computed == list(range(depth)) and stops[-1] == depth
@@ -121,7 +122,7 @@ def test_windows_hold_each_slice_with_its_neighbours(depth, step):
 def test_slices_as_channels(channels, group):
     conv = torch.nn.Conv3d(5, channels, 3, padding=1)
     x, out = image(8, 6, 4).expand(1, 5, 8, 6, 4), torch.empty(8, 6, 4, channels)
-    thin = _ThinConv(_kernel(conv), torch.float32)
+    thin = ThinConv(kernel_of(conv), torch.float32)
     assert thin.group == group
     thin(torch.nn.functional.pad(x, [0, 0, 0, 0, 1, 1]), out)
     torch.testing.assert_close(out, conv(x)[0].permute(1, 2, 3, 0).detach(), atol=1e-5, rtol=1e-5)
