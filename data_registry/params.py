@@ -96,7 +96,7 @@ class Train(_Section):
     batch_size: Count = 1
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
-    augmentation: Literal["none", "light"] = "light"
+    augmentation: Literal["none", "light", "strong", "paper"] = "light"
     network: dict = {}
     """Overrides of the network's own configuration, e.g. widths."""
     reduce_patience: Count = 5

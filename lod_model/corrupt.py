@@ -81,7 +81,7 @@ def invert(x: torch.Tensor, *, depth: float) -> torch.Tensor:
 
 def bias_field(shape: tuple[int, ...], *, limit: float, order: int = 3) -> torch.Tensor:
     """(D, H, W): exp of a random polynomial in coordinates of −1…1, coefficients in ±``limit``: tio.RandomBiasField, evaluated axis by axis."""
-    powers = [torch.linspace(-1 + 1 / n, 1 - 1 / n, n)[:, None] ** torch.arange(order + 1) for n in shape]  # (n, order + 1) each
+    powers = [torch.linspace(-1, 1, n)[:, None] ** torch.arange(order + 1) for n in shape]  # (n, order + 1) each
     coefficients = (torch.rand((order + 1,) * 3) * 2 - 1) * limit
     degree = torch.arange(order + 1)
     coefficients[(degree[:, None, None] + degree[:, None] + degree) > order] = 0
@@ -162,9 +162,9 @@ def resampling(n: int, *, slice_mm: float, width_mm: float, voxel_mm: float) -> 
 
 
 def along(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    """``matrix`` (m, n) applied to one axis of ``x`` (D, H, W)."""
+    """``matrix`` (m, n) applied to one of the axes of ``x`` (…, D, H, W): 0, 1 or 2."""
     if axis == 0:
-        return (matrix @ x.reshape(x.shape[0], -1)).reshape(-1, *x.shape[1:])
+        return (matrix @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
     return matrix @ x if axis == 1 else x @ matrix.T
 
 

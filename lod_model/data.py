@@ -101,7 +101,8 @@ class SampleDataset(Dataset):
         raw = scan.t1w(factor)
         target = scan.fractions(self.protocol, factor) if self.level == "coarse" else scan.classes(self.protocol)
         seed = sample_seed(self.seed, epoch, scan.scan_id)
-        image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=self.protocol.mirrored())
+        mirrored, voxel_mm = self.protocol.mirrored(), scan.voxel_mm * factor
+        image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
         # what augmentation did to the moments of this level, it is taken to have done to those of the full grid
         mean = scan.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
         deviation = scan.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)

@@ -238,7 +238,7 @@ def test_a_flip_swaps_sided_classes():
     seen = set()
     for seed in seeds:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lod_model.augment._render", lambda image, target, seed: (image, target))
+            patch.setattr("lod_model.augment._render", lambda image, target, *_: (image, target))
             moved_image, moved = augment(image, target, preset="light", seed=seed, mirrored=mirrored)
         flipped = moved_image[0, 0, 0] == 0
         seen.add(bool(flipped))
