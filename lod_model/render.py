@@ -205,8 +205,10 @@ class _Pose:
             matrix = matrix @ turn
         self.matrix = matrix
         self.shift = generator.uniform(-how.translation_mm, how.translation_mm, 3)
-        fields = [generator.normal(0, sigma, (1, 3, *[points] * 3)).astype(np.float32) for sigma, points in how.warps]
-        self.field = sum(F.interpolate(torch.from_numpy(f), size=[32] * 3, mode="trilinear", align_corners=True) for f in fields)[0]
+        self.field = torch.zeros(3, 32, 32, 32)                                   # mm; control points from face to face of the cube
+        for sigma, points in how.warps:
+            warp = torch.from_numpy(generator.normal(0, sigma, (1, 3, points, points, points)).astype(np.float32))
+            self.field += F.interpolate(warp, size=self.field.shape[1:], mode="trilinear", align_corners=True)[0]
 
 
 def _sampled(anatomy: Anatomy, structures: Tensor, protocol: Protocol, pose: _Pose, *, side: int, samples: int) -> tuple[Tensor, Tensor, np.ndarray]:
