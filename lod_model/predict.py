@@ -12,7 +12,10 @@ import torch
 from torch.nn import functional
 
 from data_registry.errors import InputError
-from lod_model.engine import FastLODBrain
+from lod_model.engine import FastLODBrain, compile_network
+from lod_model.networks.lod_brain import LODBrain
+
+ENGINES = ("fast", "fast-bf16", "plain")
 
 
 def predict(
@@ -64,6 +67,45 @@ def _predict_fast(network: FastLODBrain, conformed: np.ndarray, *, mean: float, 
         x = torch.from_numpy(np.pad(conformed, pad)).float().sub_(mean).div_(deviation)[None, None]  # (1, 1, D, H, W)
         d, h, w = conformed.shape
         return np.ascontiguousarray(network.probabilities(x)[0, :, :d, :h, :w].numpy())  # (C, D, H, W)
+
+
+class HalfPrecision(torch.nn.Module):
+    """A network under autocast: convolutions in ``dtype``, group norms with their moments in float64 as ever."""
+
+    def __init__(self, network: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network, self.dtype, self.config = network, dtype, network.config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, 1, D, H, W) → the network's output in ``dtype``."""
+        with torch.autocast(x.device.type, dtype=self.dtype):
+            return self.network(x)
+
+
+def with_engine(
+    network: torch.nn.Module, engine: str, *, device: torch.device | None = None
+) -> tuple[torch.nn.Module | FastLODBrain, dict[str, str]]:
+    """The network for ``predict`` as the engine computes it, on the best device or ``device``, and what a sidecar says of it.
+
+    - ``fast``: on a CPU, LOD-Brain rewritten exactly by :mod:`lod_model.engine`; on a GPU, the network as written in float16.
+    - ``fast-bf16``: the same in bfloat16. One voxel in some thousands gets another class.
+    - ``plain``: the network as written, in float32.
+
+    Other networks have no rewrite: they are computed as written, by fast-bf16 in bfloat16. Raises :class:`InputError` for another engine.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} is not known; one of {', '.join(ENGINES)} is wanted")
+    device = device or best_device()
+    dtype = torch.float32
+    if engine == "fast-bf16":
+        dtype = torch.bfloat16
+    elif engine == "fast" and device.type != "cpu":
+        dtype = torch.float16
+    said = {"engine": engine, "engine_dtype": str(dtype).removeprefix("torch."), "engine_device": device.type}
+    if engine != "plain" and device.type == "cpu" and isinstance(network, LODBrain):
+        return compile_network(network, dtype=dtype), said
+    network.to(device)
+    return (network if dtype is torch.float32 else HalfPrecision(network, dtype)), said
 
 
 def best_device() -> torch.device:

@@ -12,38 +12,36 @@ A refused scan leaves the JSON alone, with verdict ``fail``. A name belongs to o
 one into the same folder, would share it, the names of their folders (or their full file names) are put in front.
 """
 
-import hashlib
-import json
+import contextlib
+import importlib
 import logging
 import os
+import sys
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from data_registry import protocol as protocols
-from data_registry.conform import conform, parse_grid, probabilities_to_native
+from data_registry.conform import Conformed, conform, parse_grid, probabilities_to_native
 from data_registry.errors import InputError
-from data_registry.files import replacing, sha256
-from data_registry.protocol import Protocol
-from data_registry.volume import SUFFIXES, Volume, load_image, save_volume
+from data_registry.files import sha256
+from data_registry.volume import Volume, load_image
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
-from lod_model.engine import compile_network
-from lod_model.overlay import write_overlay
-from lod_model.predict import best_device, predict
+from lod_model.predict import ENGINES, predict, with_engine
+from lod_model.segment_outputs import SIDECAR, leave_refusal, made_folder, output_file, output_names, write_outputs, write_sidecar
 from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
 
 _LOG = logging.getLogger(__name__)
-_DESCRIPTION = "lodbrain"
-_OUTPUTS = ("dseg.nii.gz", "dseg.tsv", "lut.txt", "volumes.tsv", "overlay.png")
-_SIDECAR = "dseg.json"
 _SKIPPED_FOLDERS = ("derivatives", "sourcedata")
+_NICENESS = 5  # of the threads that read and write beside the network
 
 
 @dataclass(frozen=True)
@@ -66,35 +64,35 @@ def segment(
     weights: str | os.PathLike | weight_files.Weights,
     postprocess: str = "components",
     threads: int | None = None,
-    engine: Literal["plain", "fast"] = "plain",
+    engine: Literal["fast", "fast-bf16", "plain"] = "fast",
     on_done: Callable[[Outcome, int], None] = lambda outcome, total: None,
 ) -> list[Outcome]:
     """Segment scans, or all T1w below folders, into the folder ``out``; one :class:`Outcome` an input, in order.
 
-    ``on_done`` hears of each as it is finished, with the number of all. ``engine`` fast computes LOD-Brain on the CPU by
-    :mod:`lod_model.engine`. An earlier result of the same input is replaced; nothing else is ever overwritten. Raises
+    The next scan is read, and the one before cleaned and written, while the network computes: three scans are in memory at most.
+    ``on_done`` hears of each as it is finished, in order, with the number of all, from the thread that writes. ``engine`` is as in
+    :func:`lod_model.predict.with_engine`. An earlier result of the same input is replaced; nothing else is ever overwritten. Raises
     :class:`InputError` if nothing can be done: no input exists, bad weights, no place to write.
     """
     if postprocess not in cleaning.METHODS:
         raise InputError(f"postprocess {postprocess!r} is not known; one of {', '.join(cleaning.METHODS)} is wanted")
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} is not known; one of {', '.join(ENGINES)} is wanted")
     scans, problems = find_scans(paths)
     if not scans:
         raise InputError("; ".join(problems.values()) or "no scan is given; T1w files or folders that hold them are wanted")
-    out = _made_folder(out)
+    out = made_folder(out)
     loaded = weights if isinstance(weights, weight_files.Weights) else usable_weights(weights)
-    if engine == "fast":
-        loaded = replace(loaded, network=compile_network(loaded.network))
-    else:
-        loaded.network.to(best_device())
+    network, computed_by = with_engine(loaded.network, engine)
+    loaded = replace(loaded, network=network)
     total = len(scans) + len(problems)
     outcomes = []
     for path, line in problems.items():
         outcomes.append(Outcome(path, "fail", (line,), 0.0))
         on_done(outcomes[-1], total)
-    for path, name in output_names(scans, out).items():
-        outcomes.append(_attempt(path, out / name, loaded, postprocess, threads))
-        on_done(outcomes[-1], total)
-    return outcomes
+    about = _about(loaded, postprocess) | computed_by
+    jobs = [_Job(path, out / name, about | {"input": str(path)}) for path, name in output_names(scans, out).items()]
+    return outcomes + _run(jobs, loaded, postprocess=postprocess, threads=threads, on_done=lambda outcome: on_done(outcome, total))
 
 
 def usable_weights(path: str | os.PathLike) -> weight_files.Weights:
@@ -136,76 +134,149 @@ def _t1w_below(folder: Path) -> list[Path]:
     return found
 
 
-def output_names(scans: Sequence[Path], out: Path) -> dict[Path, str]:
-    """What each input's outputs begin with; no two alike (whatever the case), whatever the order of ``scans``.
+def classes_of(
+    scan: Volume, *, weights: weight_files.Weights, postprocess: str = "none", threads: int | None = None
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Class indices (I, J, K) uint8 of a scan on its own grid, all warnings of reading and conforming, and those that touch the labels.
 
-    >>> names = output_names([Path("/a/sub-1_T1w.nii"), Path("/b/sub-1_T1w.nii"), Path("/c/x.mgz")], Path("/none"))
-    >>> list(names.values())
-    ['a_sub-1_desc-lodbrain', 'b_sub-1_desc-lodbrain', 'x_desc-lodbrain']
+    That the scan is larger than the grid touches the labels only if they reach the grid's edge: beyond it is mostly air.
     """
-    candidates = {path: _candidates(path) for path in scans}
-    inputs = {os.path.realpath(path) for path in scans}
-    level = dict.fromkeys(scans, 0)
-    while True:
-        names = {path: candidates[path][level[path]] for path in scans}
-        shared = Counter(name.casefold() for name in names.values())
-        again = [
-            path
-            for path, name in names.items()
-            if level[path] + 1 < len(candidates[path]) and (shared[name.casefold()] > 1 or _taken(out / name, path, inputs))
-        ]
-        if not again:
-            return names
-        for path in again:
-            level[path] += 1
+    conformed = conform(scan, grid=weights.grid)
+    probabilities = predict(weights.network, conformed.data, threads=threads)  # (C, D, H, W)
+    classes, grave = _native_classes(probabilities, scan, conformed, postprocess)
+    return classes, conformed.warnings, grave
 
 
-def _candidates(path: Path) -> list[str]:
-    """Names for an input from the shortest on; the last one is its path's alone."""
-    suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
-    full = path.name.replace(".", "-")
-    stem = path.name[: len(path.name) - len(suffix)].removesuffix("_T1w")
-    parts = [part for part in path.parts[1:-1] if part != "anat" and part not in stem.split("_")]
-    fronts = [_plain("-".join(parts[-count:])) for count in range(1, len(parts) + 1)]
-    unique = hashlib.sha256(str(path).encode()).hexdigest()[:12]
-    stems = [stem, *(f"{front}_{stem}" for front in fronts), full, *(f"{front}_{full}" for front in fronts), f"{unique}_{full}"]
-    return [f"{_plain(name)}_desc-{_DESCRIPTION}" for name in stems]
+def _native_classes(probabilities: np.ndarray, scan: Volume, conformed: Conformed, postprocess: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class indices on the scan's own grid, and the warnings that touch them; changes the probabilities."""
+    probabilities = cleaning.postprocess(probabilities, method=postprocess)
+    on_grid = Volume(cleaning.hard_classes(probabilities), conformed.placement.affine)
+    at_edge = max(cut_cm2(on_grid.data, on_grid).values()) > MAX_CUT_CM2
+    native = probabilities_to_native(probabilities, conformed.placement)
+    return native, conformed.warnings if at_edge else scan.warnings
 
 
-def _plain(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_+" else "-" for letter in name)
+# --- the batch: read ahead, compute, write behind -------------------------------------------------------------------------
 
 
-def _taken(front: Path, scan: Path, inputs: set[str]) -> bool:
-    """Whether files of this name are another scan's result, or one of the inputs themselves."""
-    if any(os.path.realpath(_file(front, output)) in inputs for output in (*_OUTPUTS, _SIDECAR)):
-        return True
+@dataclass
+class _Job:
+    """A scan on its way; whatever goes wrong is its own ``error``, and the later stages leave it alone."""
+
+    path: Path
+    front: Path
+    sidecar: dict[str, Any]
+    seconds: float = 0.0
+    error: Exception | None = None
+    scan: Volume | None = field(default=None, repr=False)
+    conformed: Conformed | None = field(default=None, repr=False)
+    probabilities: np.ndarray | None = field(default=None, repr=False)
+
+    @contextlib.contextmanager
+    def stage(self):
+        """Time what is done inside and keep its error."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:  # the batch goes on
+            self.error = error
+            _LOG.debug("%s", self.path, exc_info=error)
+        self.seconds += time.perf_counter() - start
+
+
+def _run(
+    jobs: Sequence[_Job], weights: weight_files.Weights, *, postprocess: str, threads: int | None, on_done: Callable[[Outcome], None]
+) -> list[Outcome]:
+    """All jobs through reading, the network and writing. However it ends, a scan whose writing has begun is written to its end."""
+    outcomes, writing = [], None
+    with _worker() as reader, _worker() as writer:
+        writer.submit(importlib.import_module, "lod_model.overlay")
+        reading = reader.submit(_read, jobs[0], weights.grid)
+        for job, after in zip(jobs, [*jobs[1:], None], strict=True):
+            reading.result()
+            if after:
+                reading = reader.submit(_read, after, weights.grid)
+            _compute(job, weights, threads)
+            if writing:
+                outcomes.append(writing.result())
+            writing = writer.submit(_finish, job, postprocess, on_done)
+        outcomes.append(writing.result())
+    return outcomes
+
+
+@contextlib.contextmanager
+def _worker():
+    """A thread that stands back when the network wants the processor; what it has not begun is dropped at the end."""
+    worker = ThreadPoolExecutor(1, initializer=_stand_back)
     try:
-        return json.loads(_file(front, _SIDECAR).read_text(encoding="utf-8"))["input"] != str(scan)
-    except (OSError, ValueError, KeyError, TypeError):  # no result, or none that was completed
-        return False
+        yield worker
+    finally:
+        worker.shutdown(wait=True, cancel_futures=True)
 
 
-def _file(front: Path, output: str) -> Path:
-    return front.with_name(f"{front.name}_{output}")
+def _stand_back() -> None:
+    if sys.platform == "linux":  # elsewhere niceness is the process's
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS))
 
 
-def _made_folder(out: str | os.PathLike) -> Path:
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: {error.strerror}; a folder to write to is wanted") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: not writable; a folder to write to is wanted")
-    return out
+def _read(job: _Job, grid: str) -> None:
+    with job.stage():
+        job.sidecar["input_sha256"] = sha256(job.path)
+        job.scan = load_image(job.path)
+        job.conformed = conform(job.scan, grid=grid)
 
 
-def _attempt(path: Path, front: Path, weights: weight_files.Weights, postprocess: str, threads: int | None) -> Outcome:
-    """One scan; whatever goes wrong is its own outcome."""
-    start = time.perf_counter()
-    sidecar = {
-        "input": str(path),
+def _compute(job: _Job, weights: weight_files.Weights, threads: int | None) -> None:
+    if job.error is None:
+        with job.stage():
+            start = time.perf_counter()
+            job.probabilities = predict(weights.network, job.conformed.data, threads=threads)  # (C, D, H, W)
+            job.sidecar["network_seconds"] = round(time.perf_counter() - start, 3)
+
+
+def _finish(job: _Job, postprocess: str, on_done: Callable[[Outcome], None]) -> Outcome:
+    """Clean, judge and write, or refuse."""
+    if job.error is None:
+        with job.stage():
+            output_file(job.front, SIDECAR).unlink(missing_ok=True)  # from here on an earlier result is no longer complete
+            job.sidecar |= _write(job, postprocess)
+    outcome = None
+    if job.error is None:
+        reasons, dseg = tuple(job.sidecar["reasons"]), output_file(job.front, "dseg.nii.gz")
+        outcome = Outcome(job.path, job.sidecar["verdict"], reasons, job.seconds, dseg)
+        with job.stage():
+            write_sidecar(job.front, _said(job.sidecar, outcome))
+    if job.error is not None:
+        outcome = Outcome(job.path, "fail", (_line(job.path, job.error),), job.seconds)
+        leave_refusal(job.front, _said(job.sidecar, outcome))
+    job.scan = job.conformed = job.probabilities = None
+    on_done(outcome)
+    return outcome
+
+
+def _write(job: _Job, postprocess: str) -> dict:
+    """Write one scan's outputs but the sidecar; returns what the sidecar says of them."""
+    scan, protocol = job.scan, protocols.load(job.sidecar["protocol"])
+    classes, grave = _native_classes(job.probabilities, scan, job.conformed, postprocess)
+    verdict = judge(classes, scan, protocol, warnings=grave)
+    volumes = volumes_ml(classes, scan, protocol)
+    return {
+        "protocol_version": protocol.version,
+        "voxel_mm": [round(float(edge), 6) for edge in scan.voxel_mm],
+        "orientation": scan.orientation,
+        "warnings": list(job.conformed.warnings),
+        "verdict": verdict.verdict,
+        "reasons": list(verdict.reasons),
+        "volumes_ml": {name: round(ml, 3) for name, ml in volumes.items()},
+        "outputs_sha256": write_outputs(job.front, scan, classes, protocol=protocol, volumes=volumes, verdict=verdict),
+    }
+
+
+def _about(weights: weight_files.Weights, postprocess: str) -> dict:
+    """The sidecar's beginning, the same for every scan."""
+    return {
+        "input": None,
         "input_sha256": None,
         "weights": weights.name,
         "weights_hash": weights.hash,
@@ -215,17 +286,10 @@ def _attempt(path: Path, front: Path, weights: weight_files.Weights, postprocess
         "postprocess": postprocess,
         "software": f"lodbrain {version('lodbrain')}",
     }
-    try:
-        _file(front, _SIDECAR).unlink(missing_ok=True)  # from here on an earlier result is no longer complete
-        sidecar["input_sha256"] = sha256(path)
-        sidecar |= _segment_one(path, front, weights, postprocess, threads)
-        outcome = Outcome(path, sidecar["verdict"], tuple(sidecar["reasons"]), time.perf_counter() - start, _file(front, "dseg.nii.gz"))
-        _write_sidecar(front, sidecar, outcome)
-    except Exception as error:  # the batch goes on
-        outcome = Outcome(path, "fail", (_line(path, error),), time.perf_counter() - start)
-        _LOG.debug("%s", path, exc_info=error)
-        _leave_refusal(front, sidecar, outcome)
-    return outcome
+
+
+def _said(sidecar: dict, outcome: Outcome) -> dict:
+    return sidecar | {"verdict": outcome.verdict, "reasons": list(outcome.reasons), "seconds": round(outcome.seconds, 2)}
 
 
 def _line(path: Path, error: Exception) -> str:
@@ -238,82 +302,3 @@ def _line(path: Path, error: Exception) -> str:
         text = f"{type(error).__name__}: {error}"
     text = " ".join(text.split())
     return text if text.startswith(str(path)) else f"{path}: {text}"
-
-
-def _leave_refusal(front: Path, sidecar: dict, outcome: Outcome) -> None:
-    """No label map of an earlier run may stand beside a refusal."""
-    try:
-        for output in _OUTPUTS:
-            _file(front, output).unlink(missing_ok=True)
-        _write_sidecar(front, sidecar, outcome)
-    except OSError as error:  # e.g. a full disk: the caller still hears of the refusal
-        _LOG.debug("%s", front, exc_info=error)
-
-
-def _write_sidecar(front: Path, sidecar: dict, outcome: Outcome) -> None:
-    content = sidecar | {"verdict": outcome.verdict, "reasons": list(outcome.reasons), "seconds": round(outcome.seconds, 2)}
-    _write_text(_file(front, _SIDECAR), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _segment_one(path: Path, front: Path, weights: weight_files.Weights, postprocess: str, threads: int | None) -> dict:
-    """Write one scan's outputs but the sidecar; returns what the sidecar says of them."""
-    protocol = protocols.load(weights.protocol)
-    scan = load_image(path)
-    classes, warnings, grave = classes_of(scan, weights=weights, postprocess=postprocess, threads=threads)
-    verdict = judge(classes, scan, protocol, warnings=grave)
-    volumes = volumes_ml(classes, scan, protocol)
-    save_volume(_file(front, "dseg.nii.gz"), classes, scan.affine)
-    _write_text(_file(front, "dseg.tsv"), _label_table(protocol))
-    _write_text(_file(front, "lut.txt"), _colour_table(protocol))
-    _write_text(_file(front, "volumes.tsv"), _volume_table(protocol, volumes))
-    write_overlay(_file(front, "overlay.png"), scan, classes, protocol=protocol, volumes=volumes, verdict=verdict.verdict, notes=verdict.reasons)
-    return {
-        "protocol_version": protocol.version,
-        "voxel_mm": [round(float(edge), 6) for edge in scan.voxel_mm],
-        "orientation": scan.orientation,
-        "warnings": list(warnings),
-        "verdict": verdict.verdict,
-        "reasons": list(verdict.reasons),
-        "volumes_ml": {name: round(ml, 3) for name, ml in volumes.items()},
-        "outputs_sha256": {_file(front, output).name: sha256(_file(front, output)) for output in _OUTPUTS},
-    }
-
-
-def classes_of(
-    scan: Volume, *, weights: weight_files.Weights, postprocess: str = "none", threads: int | None = None
-) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Class indices (I, J, K) uint8 of a scan on its own grid, all warnings of reading and conforming, and those that touch the labels.
-
-    That the scan is larger than the grid touches the labels only if they reach the grid's edge: beyond it is mostly air.
-    """
-    conformed = conform(scan, grid=weights.grid)
-    probabilities = predict(weights.network, conformed.data, threads=threads)  # (C, D, H, W)
-    probabilities = cleaning.postprocess(probabilities, method=postprocess)
-    on_grid = Volume(cleaning.hard_classes(probabilities), conformed.placement.affine)
-    at_edge = max(cut_cm2(on_grid.data, on_grid).values()) > MAX_CUT_CM2
-    native = probabilities_to_native(probabilities, conformed.placement)
-    return native, conformed.warnings, conformed.warnings if at_edge else scan.warnings
-
-
-def _write_text(path: Path, content: str) -> None:
-    with replacing(path) as aside:
-        aside.write_text(content, encoding="utf-8")
-
-
-def _label_table(protocol: Protocol) -> str:
-    """BIDS' table of a discrete segmentation."""
-    rows = zip(protocol.class_names, protocol.colours, strict=True)
-    lines = [f"{index}\t{name}\t#{r:02x}{g:02x}{b:02x}" for index, (name, (r, g, b)) in enumerate(rows)]
-    return "\n".join(["index\tname\tcolor", *lines]) + "\n"
-
-
-def _colour_table(protocol: Protocol) -> str:
-    """FreeSurfer's look-up table: index, name without spaces, R, G, B, A."""
-    rows = zip(protocol.class_names, protocol.colours, strict=True)
-    lines = [f"{index:<5d} {name.replace(' ', '-'):<32s} {r:3d} {g:3d} {b:3d} 0" for index, (name, (r, g, b)) in enumerate(rows)]
-    return "\n".join([f"# {protocol.name} version {protocol.version}: index, name, R, G, B, A", *lines]) + "\n"
-
-
-def _volume_table(protocol: Protocol, volumes: dict[str, float]) -> str:
-    lines = [f"{index}\t{name}\t{volumes[name]:.3f}" for index, name in enumerate(protocol.class_names) if index]
-    return "\n".join(["index\tname\tvolume_ml", *lines]) + "\n"

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ import torch
 
 from data_registry.conform import place_grid, probabilities_to_native
 from data_registry.errors import InputError
+from data_registry.files import sha256
 from data_registry.volume import Volume, load_image, load_labels, save_volume
 from lod_model import weights as weight_files
 from lod_model.cli import main
+from lod_model.engine import FastLODBrain
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
-from lod_model.predict import moments, predict
+from lod_model.predict import HalfPrecision, moments, predict, with_engine
 from lod_model.segment import classes_of, find_scans, output_names, segment
 
 MARKER, BODY = 5, 3
@@ -299,6 +302,7 @@ def test_an_unforeseen_error_is_a_refusal_and_leaves_no_older_labels(tmp_path):
         ({"paths": ["absent.nii.gz"]}, "absent.nii.gz: no such file or folder"),
         ({"paths": []}, "no scan is given"),
         ({"postprocess": "crf"}, "one of none, components, release is wanted"),
+        ({"engine": "turbo"}, "one of fast, fast-bf16, plain is wanted"),
     ],
 )
 def test_nothing_can_be_done(tmp_path, change, line):
@@ -373,3 +377,90 @@ def test_command_statuses(tmp_path, tiny, monkeypatch, capsys, scan, weights, st
     assert exit_.value.code == status
     assert bool(captured.out) == (status == 0)
     assert (_is_one_error_line(captured.err) and error in captured.err) if error else not captured.err
+
+
+# --- read ahead, compute, write behind ------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_finished_in_order_while_the_next_scan_is_read(tmp_path):
+    """Scan 2 is being read while the network has scan 1, and scan 0 has been announced before scan 2 is computed."""
+    seen, heard = [], []
+
+    class Watching(Threshold):
+        def forward(self, x):
+            deadline = time.monotonic() + 10
+            while len(seen) == 1 and not heard and time.monotonic() < deadline:   # scan 0 is written behind scan 1's network
+                time.sleep(0.01)
+            seen.append(list(heard))
+            return super().forward(x)
+
+    paths = [_saved(tmp_path / f"{name}.nii.gz", _phantom()) for name in "abcd"]
+    paths[2].write_bytes(b"")
+    outcomes = segment(paths, out=tmp_path / "out", weights=_stub(Watching(), "8mm"), on_done=lambda outcome, total: heard.append(outcome.path))
+    assert [outcome.path for outcome in outcomes] == heard == paths
+    assert [outcome.dseg is None for outcome in outcomes] == [False, False, True, False]
+    assert seen[:2] == [[], paths[:1]] and len(seen) == 3
+
+
+def test_an_interrupt_leaves_only_whole_results(tmp_path):
+    """Scan a is written to its end, b is not begun, and what an earlier run made of c stands."""
+
+    class Interrupted(Threshold):
+        calls = 0
+
+        def forward(self, x):
+            Interrupted.calls += 1
+            if Interrupted.calls == 2:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    paths, out = [_saved(tmp_path / f"{name}.nii.gz", _phantom()) for name in "abc"], tmp_path / "out"
+    (earlier,) = segment(paths[2:], out=out, weights=_stub(Threshold(), "8mm"))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        segment(paths, out=out, weights=_stub(Interrupted(), "8mm"))
+    assert {path.name for path in out.iterdir() if path not in before} == {f"a_desc-lodbrain_{suffix}" for suffix in SUFFIXES}
+    assert all(path.read_bytes() == content for path, content in before.items()) and earlier.dseg in before
+    hashes = json.loads((out / "a_desc-lodbrain_dseg.json").read_text())["outputs_sha256"]
+    assert all(sha256(out / name) == digest for name, digest in hashes.items()) and len(hashes) == 5
+
+
+def test_a_callback_that_fails_ends_the_batch(tmp_path):
+    def stop(outcome, total):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        segment([_saved(tmp_path / "a.nii.gz", _phantom())], out=tmp_path / "out", weights=_stub(Threshold(), "8mm"), on_done=stop)
+
+
+# --- engines ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("engine", "dtype"), [("fast", "float32"), ("fast-bf16", "bfloat16"), ("plain", "float32")])
+def test_the_sidecar_names_the_engine(tmp_path, tiny, engine, dtype):
+    (outcome,) = segment([_saved(tmp_path / "a.nii.gz", _phantom())], out=tmp_path / "out", weights=tiny, engine=engine)
+    sidecar = json.loads(outcome.dseg.with_name("a_desc-lodbrain_dseg.json").read_text())
+    assert sidecar["engine"] == engine and 0 < sidecar["network_seconds"] <= sidecar["seconds"] + 0.01
+    if not torch.cuda.is_available():
+        assert (sidecar["engine_dtype"], sidecar["engine_device"]) == (dtype, "cpu")
+
+
+def test_the_engine_decides_what_computes():
+    lod, cpu = LODBrain(LODBrainConfig(widths=(2, 2, 4))), torch.device("cpu")
+    assert isinstance(with_engine(lod, "fast", device=cpu)[0], FastLODBrain)
+    assert with_engine(lod, "plain", device=cpu)[0] is lod
+    other = Threshold()   # it has no rewrite
+    assert with_engine(other, "fast", device=cpu)[0] is other
+    with pytest.raises(InputError, match="one of fast, fast-bf16, plain is wanted"):
+        with_engine(lod, "slow")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_as_on_a_gpu(dtype):
+    """The path of a GPU, by autocast on the CPU: half-precision convolutions, probabilities in float32 near the exact ones."""
+    torch.manual_seed(0)
+    network = LODBrain(LODBrainConfig(widths=(2, 2, 4))).eval()
+    data = np.random.default_rng(0).integers(0, 256, (16, 16, 24), dtype=np.uint8)
+    half, exact = predict(HalfPrecision(network, dtype), data), predict(network, data)
+    assert half.dtype == np.float32 and np.allclose(half.sum(axis=0), 1, atol=1e-5)
+    assert 0 < abs(half - exact).max() < 0.05
