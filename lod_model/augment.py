@@ -98,7 +98,7 @@ def _light_picture():
 
 
 def _strong(x: torch.Tensor, labels: torch.Tensor, kind: str, voxel_mm: float) -> Moved:
-    pose = draw_pose(x.shape, degrees=15, scale=0.2, shift=0.1, bend=0.035, p_affine=0.9, p_bend=0.5)
+    pose = draw_pose(x.shape, degrees=15, scale=0.2, shift=0.06, bend=0.035, p_affine=0.9, p_bend=0.5)
     x, labels = warp(x[None], pose, mode="linear")[0], warp(labels, pose, mode=kind)
     return torch.from_numpy(corrupt(x.numpy(), seed=int(torch.randint(2**62, ())), voxel_mm=voxel_mm)), labels
 
