@@ -187,7 +187,7 @@ class _Job:
 def _run(
     jobs: Sequence[_Job], weights: weight_files.Weights, *, postprocess: str, threads: int | None, on_done: Callable[[Outcome], None]
 ) -> list[Outcome]:
-    """All jobs through reading, the network and writing. However it ends, a scan whose writing has begun is written to its end."""
+    """All jobs through reading, the network and writing. However it ends, what the network has computed is written to its end."""
     outcomes, writing = [], None
     with _worker() as reader, _worker() as writer:
         writer.submit(importlib.import_module, "lod_model.overlay")
@@ -206,12 +206,12 @@ def _run(
 
 @contextlib.contextmanager
 def _worker():
-    """A thread that stands back when the network wants the processor; what it has not begun is dropped at the end."""
+    """A thread that stands back when the network wants the processor; what it was given is done before the end."""
     worker = ThreadPoolExecutor(1, initializer=_stand_back)
     try:
         yield worker
     finally:
-        worker.shutdown(wait=True, cancel_futures=True)
+        worker.shutdown(wait=True)
 
 
 def _stand_back() -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from published import SCANS, published
 
-from lod_model import weights
 from lod_model.engine import _windows, compile_network
 from lod_model.engine_kernels import ThinConv, empty, kernel_of
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
@@ -132,15 +132,11 @@ def test_slices_as_channels(channels, group):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("scan", ["georgetown_sub-01", "mrtrixbids_sub-01", "t1w_philips_elition"])
+@pytest.mark.parametrize("scan", SCANS)
 def test_published_answers_at_256(test_data, scan):
-    folder = test_data / "lod_brain_weights"
-    reference = np.load(folder / "reference" / f"{scan}.npz")
-    volume = reference["volume"].astype(np.float64)
-    x = torch.from_numpy((volume - volume.mean()) / volume.std()).float()[None, None]
-    net = weights.load(folder / "weights_lv1.h5").network
+    net, x, reference = published(test_data, scan)
     sample = torch.from_numpy(reference["probability_index"])
-    for dtype, voxels, error in [(torch.float32, 20, 1e-3), (torch.bfloat16, 0.0005 * volume.size, None)]:
+    for dtype, voxels, error in [(torch.float32, 20, 1e-3), (torch.bfloat16, 0.0005 * x.numel(), None)]:
         probabilities = compile_network(net, dtype=dtype).probabilities(x)[0]   # (7, 256, 256, 256)
         assert np.count_nonzero(probabilities.argmax(0).numpy() != reference["labels"]) <= voxels
         if error is not None:   # the references' probabilities are float16

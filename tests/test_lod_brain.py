@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from published import SCANS, published
 from torch.nn import functional as F
 
 from data_registry.errors import InputError
-from lod_model import networks, weights
+from lod_model import networks
 from lod_model.networks.group_norm import GroupNorm, group_moments
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig, Plain, UpPlain
 
@@ -360,13 +361,9 @@ def test_autocast_keeps_moments_in_full_precision():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("scan", ["georgetown_sub-01", "mrtrixbids_sub-01", "t1w_philips_elition"])
+@pytest.mark.parametrize("scan", SCANS)
 def test_published_answers_at_256(test_data, scan):
-    folder = test_data / "lod_brain_weights"
-    reference = np.load(folder / "reference" / f"{scan}.npz")
-    volume = reference["volume"].astype(np.float64)
-    x = torch.from_numpy((volume - volume.mean()) / volume.std()).float()[None, None]
-    net = weights.load(folder / "weights_lv1.h5").network
+    net, x, reference = published(test_data, scan)
     with torch.inference_mode():
         probabilities = net(x)[0].softmax(0)   # (7, 256, 256, 256)
     assert np.count_nonzero(probabilities.argmax(0).numpy() != reference["labels"]) <= 20
