@@ -1,4 +1,4 @@
-"""Small BIDS databases for tests of the stages: balls of nested shells as heads, with FreeSurfer ids."""
+"""Small BIDS databases for tests of the stages (balls of nested shells as heads, with FreeSurfer ids), and whole-head label maps of boxes."""
 
 import json
 import subprocess
@@ -25,6 +25,23 @@ def add_subject(root: Path, subject: str, *, seed: int, voxel_mm: float = 6.0) -
     save_volume(root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz", (shell * 20 + generator.normal(0, 3, shape)).astype(np.int16), affine)
     save_volume(root / f"derivatives/freesurfer/sub-{subject}/mri/aparc+aseg.mgz", labels.astype(np.int32), affine)
     (root / "dataset_description.json").write_text(json.dumps({"Name": root.name, "BIDSVersion": "1.10.0"}))
+
+
+def box_heads(number: int):
+    """Anatomies for renderings: soft tissue with a slab of each class in it, asymmetric, each head another order."""
+    import torch
+
+    from lod_model.render import Anatomy
+
+    heads = []
+    for head in range(number):
+        codes = np.zeros((258, 258, 258), dtype=np.uint8)
+        codes[41:221, 41:231, 41:221] = 7
+        order = np.random.default_rng(head).permutation(6) + 1
+        for code, start in zip(order, (60, 80, 110, 130, 150, 170), strict=True):
+            codes[61:191, start : start + 30, 71:181] = code
+        heads.append(Anatomy(f"box-{head}", torch.from_numpy(codes), np.array([0, 2, 3, 4, 8, 10, 16, 507])))
+    return heads
 
 
 def run(folder: Path, module: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -54,7 +54,7 @@ def test_a_translation_moves_image_and_labels_alike(head):
         render(head, protocol=LOD7, seed=5, voxel_mm=4, how=dataclasses.replace(STILL, translation_mm=mm)) for mm in (0, 12)
     )
     thalamus = [np.argwhere(s.counts[2] > 32).mean(0) for s in (still, moved)]
-    bright = [np.argwhere((s.image > 0.9 * s.image.max())).mean(0) for s in (still, moved)]
+    bright = [np.argwhere(s.image > 0.9 * s.image.max()).mean(0) for s in (still, moved)]
     shift = thalamus[1] - thalamus[0]
     assert np.abs(shift).max() > 0.5 and len(set(np.round(shift, 1))) == 3
     assert np.allclose(bright[1] - bright[0], shift, atol=0.6)
