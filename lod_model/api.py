@@ -19,9 +19,7 @@ from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.volume import Volume, load_image, save_volume
 from lod_model import postprocess as cleaning
-from lod_model.engine import compile_network
-from lod_model.networks.lod_brain import LODBrain
-from lod_model.predict import best_device
+from lod_model.predict import with_engine
 from lod_model.segment import classes_of, usable_weights
 from lod_model.verdict import judge, volumes_ml
 from lod_model.weights import Weights, default
@@ -75,17 +73,10 @@ class Model:
         return Result(labels, volume.affine, volumes, verdict.verdict, verdict.reasons, protocol.class_names)
 
 
-def load(weights: str | os.PathLike | None = None, *, engine: Literal["plain", "fast"] = "fast") -> Model:
+def load(weights: str | os.PathLike | None = None, *, engine: Literal["fast", "fast-bf16", "plain"] = "fast") -> Model:
     """The model of a weights file of any kind that `lodbrain segment` takes; by default the packaged one.
 
-    ``engine`` fast computes LOD-Brain on the CPU by :mod:`lod_model.engine`; other networks, and a GPU where there is one, compute the
-    network as written, as plain does everywhere. InputError where the file cannot be used, or none is named and none packaged.
+    ``engine`` is as in :func:`lod_model.predict.with_engine`. InputError where the file cannot be used, or none is named and none packaged.
     """
-    if engine not in ("plain", "fast"):
-        raise InputError(f"engine {engine!r} is not known; one of plain, fast is wanted")
     found = usable_weights(default() if weights is None else weights)
-    device = best_device()
-    if engine == "fast" and device.type == "cpu" and isinstance(found.network, LODBrain):
-        return Model(replace(found, network=compile_network(found.network)))
-    found.network.to(device)
-    return Model(found)
+    return Model(replace(found, network=with_engine(found.network, engine)[0]))

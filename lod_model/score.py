@@ -9,6 +9,7 @@ grid of the weights. For trainings of a whole project there is the stage *evalua
 import argparse
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from data_registry.label_sources import find_labels
 from data_registry.volume import Volume, load_image, load_labels
 from lod_model import metrics
 from lod_model import postprocess as cleaning
-from lod_model.predict import best_device
+from lod_model.predict import with_engine
 from lod_model.segment import classes_of, find_scans, usable_weights
 from lod_model.weights import Weights
 
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--postprocess", choices=cleaning.METHODS, default="components", help="default: %(default)s, as in segment")
     arguments = parser.parse_args()
     weights = usable_weights(arguments.weights)
-    weights.network.to(best_device())
+    weights = replace(weights, network=with_engine(weights.network, "fast")[0])
     columns = ["database", "scan", *protocols.load(weights.protocol).foreground, "mean"]
     print("\t".join(columns))
     rows = []

@@ -62,7 +62,7 @@ def test_it_is_what_the_command_writes(here, network):
 
 
 def test_the_fast_engine_is_the_default_of_lod_brain_alone(here, monkeypatch):
-    monkeypatch.setattr("lod_model.api.best_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("lod_model.predict.best_device", lambda: torch.device("cpu"))
     fast, plain = load("lod_brain.pt"), load("lod_brain.pt", engine="plain")
     assert isinstance(fast.weights.network, FastLODBrain) and isinstance(plain.weights.network, LODBrain)
     assert isinstance(load("unet.pt").weights.network, UNet)
@@ -82,7 +82,7 @@ def test_what_cannot_be_used_is_one_line(here):
     model = load("unet.pt")
     for action, line in (
         (lambda: load("absent.pt"), "absent.pt: no such file"),
-        (lambda: load("unet.pt", engine="slow"), "engine 'slow' is not known; one of plain, fast is wanted"),
+        (lambda: load("unet.pt", engine="slow"), "engine 'slow' is not known; one of fast, fast-bf16, plain is wanted"),
         (lambda: model.segment("absent.nii.gz"), "absent.nii.gz"),
         (lambda: model.segment("scan.nii.gz", postprocess="all"), "postprocess 'all' is not known"),
         (lambda: model.segment(Volume(np.full((20, 20, 20), 7, np.float32), np.diag([8.0, 8, 8, 1]))), "no contrast"),
