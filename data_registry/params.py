@@ -91,8 +91,19 @@ class Train(_Section):
     schedule: Literal["plateau", "one_cycle"] = "plateau"
     """plateau: the paper's, a quarter of the learning rate when validation stalls. one_cycle: up over the first 15 % of a stage's steps, so
     that a fresh level does not drive small classes to zero, then to zero along a cosine; better for few epochs."""
-    freeze_coarse: bool = False
-    """Hold the coarse level still in the fine stage; the published weights were trained with it free."""
+    coarse_level: Literal["trained", "frozen"] = "trained"
+    """In the fine stage. frozen: held still, without gradients and without dropout; the published weights were trained with it free."""
+    coarse_augmentation: Literal["after", "before"] = "after"
+    """after: the stored coarse columns are augmented. before: the full grid is, then max-pooled and its classes counted; noise, blur and thin
+    slices are then those of the full grid, at the cost of augmenting 64 times the voxels."""
+    fine_patch: Annotated[int, Field(ge=1)] | None = None
+    """Edge, in voxels, of the part of the head that the finest level is trained on, while the levels before it see the whole; null: all of
+    it. The group norms of the finest level then take their moments over that part, which are not those of a whole head."""
+    whole_epochs: Annotated[int, Field(ge=0)] = 0
+    """With fine_patch: the last epochs of the fine stage, on whole heads, so that weights and moments fit each other again. The stage then
+    runs to its end: nothing stops it early."""
+    checkpointing: Literal["none", "blocks"] = "none"
+    """blocks: keep the blocks' inputs alone and compute their insides again on the way back; less memory, more time, the same gradients."""
     batch_size: Count = 1
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
@@ -107,6 +118,9 @@ class Train(_Section):
     def _something_is_trained(self) -> "Train":
         if not self.coarse.epochs + self.fine.epochs:
             raise ValueError("coarse.epochs and fine.epochs are both 0; at least one epoch is wanted")
+        if self.whole_epochs and not (self.fine_patch and self.whole_epochs <= self.fine.epochs):
+            wanted = f"at most the {self.fine.epochs} of fine.epochs" if self.fine_patch else "0 without fine_patch"
+            raise ValueError(f"whole_epochs is {self.whole_epochs}; {wanted} is wanted")
         return self
 
     min_samples_per_epoch: Count = 1

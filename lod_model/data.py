@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.schema import read_table
-from data_registry.shards import read_row, shard_path
+from data_registry.shards import block_counts, pooled, read_row, shard_path
 from lod_model.augment import augment, sample_seed
 
 COARSE_FACTOR = 4
@@ -85,10 +85,17 @@ class SampleDataset(Dataset):
 
     Level ``coarse``: the T1w max-pooled by 4 and class fractions (C, d, h, w) float32, from the coarse columns alone. Level ``fine``: the
     full grid and classes (D, H, W) int64. The image is (1, …) float32, z-scored with the moments of the full-resolution volume.
+
+    ``augmented`` before: what the coarse level sees is made from the full grid, augmented, then pooled and counted; without augmentation
+    that is what stands in the coarse columns. ``windows``: the target of the fine level is cut to a window, its first voxel ``window``.
     """
 
-    def __init__(self, scans: list[Scan], *, level: Literal["coarse", "fine"], protocol: str, augmentation: str = "none", seed: int = 0) -> None:
+    def __init__(
+        self, scans: list[Scan], *, level: Literal["coarse", "fine"], protocol: str, augmentation: str = "none", seed: int = 0,
+        augmented: Literal["after", "before"] = "after", windows: "Windows | None" = None,
+    ) -> None:  # fmt: skip
         self.scans, self.level, self.augmentation, self.seed = scans, level, augmentation, seed
+        self.augmented, self.windows = augmented, windows
         self.protocol = protocols.load(protocol)
 
     def __len__(self) -> int:
@@ -97,9 +104,10 @@ class SampleDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = key
         scan = self.scans[index]
-        factor = COARSE_FACTOR if self.level == "coarse" else 1
+        pooling = self.level == "coarse" and self.augmented == "before" and self.augmentation != "none"   # after augmentation
+        factor = COARSE_FACTOR if self.level == "coarse" and not pooling else 1
         raw = scan.t1w(factor)
-        target = scan.fractions(self.protocol, factor) if self.level == "coarse" else scan.classes(self.protocol)
+        target = scan.fractions(self.protocol, factor) if factor > 1 else scan.classes(self.protocol)
         seed = sample_seed(self.seed, epoch, scan.scan_id)
         mirrored, voxel_mm = self.protocol.mirrored(), scan.voxel_mm * factor
         image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
@@ -107,8 +115,44 @@ class SampleDataset(Dataset):
         mean = scan.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
         deviation = scan.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
         image = (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+        if pooling:
+            image = pooled(image, COARSE_FACTOR)
+            target = block_counts(target, COARSE_FACTOR, self.protocol.classes).astype(np.float32) / COARSE_FACTOR**3
+        sample = {"image": torch.from_numpy(np.ascontiguousarray(image))[None]}
+        if self.windows and epoch < self.windows.until:
+            first = self.windows.first(target, seed, where=scan.scan_id)
+            target = target[tuple(slice(start, start + self.windows.side) for start in first)]
+            sample["window"] = torch.from_numpy(first)
         target = target if self.level == "coarse" else target.astype(np.int64)
-        return {"image": torch.from_numpy(np.ascontiguousarray(image))[None], "target": torch.from_numpy(np.ascontiguousarray(target))}
+        return sample | {"target": torch.from_numpy(np.ascontiguousarray(target))}
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Cubes of ``side`` voxels that start at multiples of ``step``, for all passes before number ``until``."""
+
+    side: int
+    step: int
+    until: float = float("inf")
+
+    def first(self, classes: np.ndarray, seed: int, *, where: str) -> np.ndarray:
+        """First voxel (3,) of one of the windows that hold any labelled voxel, each equally likely; of all, where nothing is labelled.
+
+        So a labelled voxel that is not near the image's border stands in as many windows as any other. InputError for a window that is
+        larger than the image.
+
+        >>> classes = np.zeros((4, 4, 4), np.uint8); classes[3, 0, 3] = 1
+        >>> Windows(side=2, step=2).first(classes, 0, where="sub-01").tolist()
+        [2, 0, 2]
+        """
+        if self.side > min(classes.shape):
+            sides = " × ".join(map(str, classes.shape))
+            raise InputError(f"train.fine_patch is {self.side}: {where} has {sides} voxels; null or at most {min(classes.shape)} is wanted")
+        labelled = pooled(classes > 0, self.step)
+        for axis in range(3):
+            labelled = np.lib.stride_tricks.sliding_window_view(labelled, self.side // self.step, axis=axis).any(-1)
+        places = np.argwhere(labelled if labelled.any() else ~labelled)
+        return places[np.random.default_rng([seed, 1]).integers(len(places))] * self.step
 
 
 class EpochOrder(Sampler[tuple[int, int]]):

@@ -2,12 +2,18 @@
 
 For class c: Dice = 2·Σpg / (Σp² + Σg² + 1e-6), sums over the voxels of one scan; p the softmax, g the label as 0 or 1. The loss is
 1 − the mean over all channels, background included, without class weights; then the mean over scans. A class that a scan does not
-have scores 0 there, whatever is predicted, as in the release.
+have scores 0 there, whatever is predicted, as in the release. Its term then has no gradient: what is predicted of it costs by lowering
+the Dice of the classes that are there.
+
+Over a window of a scan most classes are often absent, so there the mean is over the classes that are present: the loss goes to 0 as the
+window's labels are met, and a window of few classes counts as much as one of many. The Dice of a window is not a part of the scan's.
 
 Source: Svanera et al. 2024, whose code takes its sums over the whole batch; with the batch of one it is trained with, that is the same.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -60,9 +66,19 @@ def block_soft_dice(logits: Tensor, fractions: Tensor, voxels_per_block: int) ->
     return _dice(*(voxels_per_block * sums for sums in (overlap, squares, size)))
 
 
-def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """1 − the mean of ``soft_dice``: a scalar from about 0 (right) to 1."""
-    return 1 - soft_dice(logits, target).mean()
+def dice_loss(logits: Tensor, target: Tensor, *, over: Literal["all", "present"] = "all") -> Tensor:
+    """1 − the mean of ``soft_dice``: a scalar from about 0 (right) to 1; over all classes, or over those that a scan's target has.
+
+    >>> certain = torch.tensor([[[[[9e9, 9e9]]], [[[0.0, 0.0]]], [[[0.0, 0.0]]]]])   # three classes, two voxels: 0, 0
+    >>> target = torch.tensor([[[[0, 1]]]])                                          # Dice 2·1 / (2 + 1), 0, and 0 for the absent class 2
+    >>> dice_loss(certain, target), dice_loss(certain, target, over="present")       # 1 − (2/3)/3, 1 − (2/3)/2
+    (tensor(0.7778), tensor(0.6667))
+    """
+    dice = soft_dice(logits, target)
+    if over == "all":
+        return 1 - dice.mean()
+    there = torch.stack([(target == c).flatten(1).any(1) for c in range(logits.shape[1])], 1)                     # (B, C)
+    return 1 - ((dice * there).sum(1) / there.sum(1)).mean()
 
 
 def block_dice_loss(logits: Tensor, fractions: Tensor, voxels_per_block: int) -> Tensor:

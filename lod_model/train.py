@@ -21,12 +21,12 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, all_folds
+from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, Windows, all_folds
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
 CHECKPOINTS = Path("checkpoints")
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of every fold's fingerprint; raise it when a change of code changes what a training gives."""
 
 
@@ -50,6 +50,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     log.info("%s: %d folds, %d to train", run, len(folds), len(todo))
     if not todo:
         return
+    _check_fits(network, _grown(network, "fine", None, params), params)
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     tags = tracking_tags() | {"network": network}
     parent = tracker.run(run_key(run, identity), name=run, tags=tags)
@@ -157,8 +158,19 @@ def _grown(network: str, level: str, previous, params: Params):
         return networks.build_coarse(network, config)
     net = networks.build(network, config)
     if previous is not None:
-        networks.load_coarse(net, previous, freeze=params.train.freeze_coarse)
+        networks.load_coarse(net, previous, freeze=params.train.coarse_level == "frozen")
     return net
+
+
+def _check_fits(name: str, net, params: Params) -> None:
+    """That the network has what the settings ask for; InputError names the setting."""
+    settings = params.train
+    if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
+        raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
+    if settings.fine_patch and (not hasattr(net, "forward_window") or net.config.levels == 1):
+        raise InputError(f"train.fine_patch is {settings.fine_patch}: network {name} has no level that sees the whole head; null is wanted")
+    if settings.fine_patch and settings.fine_patch % net.config.multiple:
+        raise InputError(f"train.fine_patch is {settings.fine_patch}: null or a multiple of {net.config.multiple} is wanted")
 
 
 def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
@@ -178,17 +190,22 @@ def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: 
     loaders = {}
     for role in ("train", "val"):
         scans, training = roles.get(role, []), role == "train"
-        data = SampleDataset(
-            scans, level=level, protocol=settings.protocol, augmentation=settings.augmentation if training else "none", seed=settings.seed
-        )
         enough = settings.min_samples_per_epoch if training else 1
         order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training, at_least=enough)
+        windows = None
+        if training and level == "fine" and settings.fine_patch:
+            windows = Windows(settings.fine_patch, net.config.multiple, (settings.fine.epochs - settings.whole_epochs) * order.passes)
+        data = SampleDataset(
+            scans, level=level, protocol=settings.protocol, augmentation=settings.augmentation if training else "none", seed=settings.seed,
+            augmented=settings.coarse_augmentation, windows=windows,
+        )  # fmt: skip
         loaders[role] = DataLoader(data, sampler=order, batch_size=settings.batch_size, num_workers=resources.loader_workers)
     best, history = ModelCheckpoint(folder / level, "best", monitor="val_dice", mode="max"), _History(tick, tracker, child, level)
     last = ModelCheckpoint(folder / level, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
     validated = bool(roles.get("val"))
     # last comes last: what it saves must hold the state that the others have after this epoch
-    callbacks = [history, *([best, EarlyStopping("val_loss", patience=settings.stop_patience)] if validated else []), last]
+    patience = getattr(settings, level).epochs if level == "fine" and settings.whole_epochs else settings.stop_patience
+    callbacks = [history, *([best, EarlyStopping("val_loss", patience=patience)] if validated else []), last]
     trainer = Trainer(
         max_epochs=getattr(settings, level).epochs, precision=precision_of(settings.precision), callbacks=callbacks,
         devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,

@@ -11,11 +11,12 @@ from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import protocol
 from data_registry.errors import InputError
-from data_registry.params import load_params
+from data_registry.params import Train, load_params
 from data_registry.schema import read_table
-from lod_model import evaluate, weights
+from lod_model import evaluate, networks, weights
 from lod_model.augment import augment, sample_seed
-from lod_model.data import EpochOrder, SampleDataset, all_folds, epoch_order
+from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds, epoch_order
+from lod_model.module import StageModule
 from lod_model.train import fold_folder, train
 
 PARAMS = """
@@ -276,3 +277,110 @@ def test_order_is_a_pure_function(inside):
     order.set_epoch(2)
     assert list(order) == list(order) and sorted(i for _, i in order) == list(range(len(scans)))
     assert not np.array_equal(epoch_order(["a"] * 20, 5, 2, 1.0), epoch_order(["a"] * 20, 5, 3, 1.0))
+
+
+def test_augmenting_before_pooling_is_the_same_without_augmentation(inside):
+    """What stands in the coarse columns is what pooling the full grid gives; with augmentation the two ways differ, each a pure function."""
+    scans = all_folds()[0]["train"]
+    before = SampleDataset(scans, level="coarse", protocol="lod7", augmented="before")[0, 1]
+    after = SampleDataset(scans, level="coarse", protocol="lod7")[0, 1]
+    full = SampleDataset(scans, level="fine", protocol="lod7")[0, 1]
+    for key, value in before.items():
+        assert torch.equal(value, after[key])
+    assert torch.allclose(after["image"], torch.nn.functional.max_pool3d(full["image"], 4), atol=1e-5)
+    augmented = [SampleDataset(scans, level="coarse", protocol="lod7", augmentation="light", augmented=how)[0, 1] for how in ("before", "after")]
+    assert augmented[0]["image"].shape == augmented[1]["image"].shape and not torch.allclose(augmented[0]["image"], augmented[1]["image"])
+    assert torch.allclose(augmented[0]["target"].sum(0), torch.ones(()))
+    one = SampleDataset(scans, level="coarse", protocol="lod7", augmentation="light", augmented="before")[0, 1]
+    seen = SampleDataset(scans, level="fine", protocol="lod7", augmentation="light")[0, 1]
+    assert torch.allclose(one["image"], torch.nn.functional.max_pool3d(seen["image"], 4), atol=1e-5)
+    counts = torch.nn.functional.one_hot(seen["target"], 7).movedim(-1, 0).float()
+    assert torch.allclose(one["target"], torch.nn.functional.avg_pool3d(counts[None], 4)[0], atol=1e-6)
+
+
+def test_windows_are_a_function_of_seed_epoch_and_name(inside):
+    scans, windows = all_folds()[0]["train"], Windows(8, 4, until=6)
+    made = [SampleDataset(scans, level="fine", protocol="lod7", augmentation="light", seed=3, windows=windows) for _ in range(2)]
+    whole = SampleDataset(scans, level="fine", protocol="lod7", augmentation="light", seed=3)
+    seen = set()
+    for epoch in range(6):
+        first, second, all_of_it = made[0][epoch, 1], made[1][epoch, 1], whole[epoch, 1]
+        d, h, w = first["window"].tolist()
+        assert first["window"].tolist() == second["window"].tolist() and not {d % 4, h % 4, w % 4} - {0}
+        assert torch.equal(first["image"], all_of_it["image"])                       # levels before the finest see the whole head
+        assert torch.equal(first["target"], all_of_it["target"][d : d + 8, h : h + 8, w : w + 8]) and first["target"].any()
+        seen.add((d, h, w))
+    assert len(seen) > 1
+    assert "window" not in made[0][6, 1] and made[0][6, 1]["target"].shape == whole[6, 1]["target"].shape
+
+
+def test_every_window_with_a_label_is_equally_likely():
+    """One labelled voxel at (4, 4, 4) of 12³: windows of 8 from multiples of 4 hold it from 0 and 4 along each axis, eight in all."""
+    classes = np.zeros((12, 12, 12), np.uint8)
+    classes[4, 4, 4] = 2
+    drawn = [tuple(Windows(8, 4).first(classes, seed, where="")) for seed in range(800)]
+    counts = {place: drawn.count(place) for place in set(drawn)}
+    assert set(counts) == {(d, h, w) for d in (0, 4) for h in (0, 4) for w in (0, 4)} and min(counts.values()) > 60
+    assert len({tuple(Windows(8, 4).first(classes * 0, seed, where="")) for seed in range(100)}) == 8    # nothing labelled: anywhere
+    with pytest.raises(InputError, match="train.fine_patch is 16: sub-01 has 12 × 12 × 12 voxels; null or at most 12 is wanted"):
+        Windows(16, 4).first(classes, 0, where="sub-01")
+
+
+def test_the_loss_of_windows_is_the_mean_of_each_scans_own():
+    net = networks.build("lod_brain", {"widths": [2, 4, 8], "dropout": 0.0})
+    module = StageModule(net, level="fine", settings=Train())
+    generator = torch.Generator().manual_seed(0)
+    image, labels = torch.randn(2, 1, 16, 16, 16, generator=generator), torch.randint(0, 3, (2, 16, 16, 16), generator=generator)
+    first = torch.tensor([[0, 8, 0], [8, 0, 8]])
+    targets = torch.stack([labels[0, :8, 8:, :8], labels[1, 8:, :8, 8:]])
+    by_hand = []
+    for i, box in enumerate(((slice(0, 8), slice(8, 16), slice(0, 8)), (slice(8, 16), slice(0, 8), slice(8, 16)))):
+        p = net.forward_window(image[i : i + 1], box).softmax(1)[0]
+        dice = [2 * p[c][targets[i] == c].sum() / (p[c].square().sum() + (targets[i] == c).sum()) for c in range(3)]   # of 7, three are there
+        by_hand.append(1 - sum(dice) / 3)
+    assert module.loss({"image": image, "target": targets, "window": first}).item() == pytest.approx((sum(by_hand) / 2).item(), abs=1e-5)
+
+
+def test_windows_then_whole_heads_with_checkpoints_and_a_frozen_level(project, tmp_path, monkeypatch):
+    """All of it in one training: it ends, on whole heads, and the coarse level is the coarse stage's."""
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    settings = "  fine_patch: 8\n  whole_epochs: 1\n  checkpointing: blocks\n  coarse_level: frozen\n"
+    settings += "  coarse_augmentation: before\n  stop_patience: 1\n"
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("fine: {epochs: 2", "fine: {epochs: 4") + settings)
+    sides, losses = [], StageModule.loss
+
+    def seen(self, batch):
+        if self.training and self.level == "fine":
+            sides.append(batch["target"].shape[-1])
+        return losses(self, batch)
+
+    monkeypatch.setattr(StageModule, "loss", seen)
+    folds = all_folds()
+    train("lod_brain", load_params(), {0: folds[0]})
+    number = len(folds[0]["train"])
+    side = folds[0]["train"][0].t1w().shape[0]
+    assert sides == [8] * 3 * number + [side] * number and side > 8
+    assert json.loads((fold_folder("lod_brain-base-0", 0) / "fold.json").read_text())["stages"]["fine"]["epochs"] == 4
+
+
+@pytest.mark.parametrize(
+    ("network", "settings", "words"),
+    [
+        ("lod_brain", {"fine_patch": 12}, "train.fine_patch is 12: null or a multiple of 8 is wanted"),
+        ("unet", {"fine_patch": 16, "network": {}}, "train.fine_patch is 16: network unet has no level that sees the whole head; null"),
+        ("unet", {"checkpointing": "blocks", "network": {}}, "train.checkpointing is blocks: network unet has none to keep"),
+        ("lod_brain", {"fine_patch": 64}, "train.fine_patch is 64: .* has 16 × 16 × 16 voxels; null or at most 16 is wanted"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(project, tmp_path, monkeypatch, network, settings, words):
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("coarse: {epochs: 2", "coarse: {epochs: 0"))
+    params = load_params()
+    folds = all_folds()
+    params = params.model_copy(update={"train": params.train.model_copy(update=settings)})
+    with pytest.raises(InputError, match=words):
+        train(network, params, {0: folds[0]})

@@ -24,11 +24,13 @@ Our deviations, each the same function up to rounding:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lod_model.networks.group_norm import GroupNorm
 
@@ -105,6 +107,14 @@ class LODBrainConfig:
         """Every side of what level 0 sees, in its own voxels, must be a multiple of this."""
         return 2 ** (len(self.widths) - 1)
 
+    @property
+    def halo(self) -> int:
+        """Voxels on each side of a window beyond which nothing reaches the finest level's output in it.
+
+        With d halvings its convolutions reach 3·2**d − 1 voxels far; one more keeps the cut on the halvings' grid.
+        """
+        return 3 * 2 ** (len(self.widths) - self.levels)
+
     def to_dict(self) -> dict:
         """Plain numbers and lists, for a checkpoint or a YAML file; ``from_dict`` takes them back.
 
@@ -136,7 +146,10 @@ def _is_number(value: object) -> bool:
 
 
 class Plain(nn.Module):
-    """Conv 3³ → norm → ReLU → dropout → a convolution 2³ of stride 2 that halves (or doubles) each side → ReLU."""
+    """Conv 3³ → norm → ReLU → dropout → a convolution 2³ of stride 2 that halves (or doubles) each side → ReLU.
+
+    With ``checkpointing`` a training pass keeps the input alone and computes the rest again, dropout included, on the way back.
+    """
 
     def __init__(self, channels: int, width: int, config: LODBrainConfig, *, resample: type = nn.Conv3d) -> None:
         super().__init__()
@@ -144,8 +157,14 @@ class Plain(nn.Module):
         self.norm = GroupNorm(min(config.groups, width), width, epsilon=config.epsilon)
         self.resample = resample(width, 4 * width, 2, stride=2)   # Keras pads nothing here: the sides are even
         self.dropout = config.dropout
+        self.checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, use_reentrant=False, preserve_rng_state=True)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x), inplace=not torch.is_grad_enabled()).relu_()   # (B, width, D, H, W)
         x = F.dropout(x, self.dropout, self.training)
         return self.resample(x).relu_()                           # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
@@ -169,6 +188,16 @@ def _plus_upsampled(x: Tensor, coarse: Tensor, factor: int = 2) -> Tensor:
     blocks = x.unflatten(4, (-1, factor)).unflatten(3, (-1, factor)).unflatten(2, (-1, factor))   # (B, C, d, f, h, f, w, f)
     blocks.add_(coarse[:, :, :, None, :, None, :, None])      # a view of x: no copy of coarse at x's size
     return x
+
+
+def _part(x: Tensor, box: Sequence[slice], image: Tensor) -> Tensor:
+    """What x (B, C, d, h, w), of any resolution, has of a box in the image's voxels."""
+    step = image.shape[2] // x.shape[2]
+    return x[:, :, *(slice(s.start // step, s.stop // step) for s in box)]
+
+
+def _is_frozen(level: nn.Module) -> bool:
+    return not any(p.requires_grad for p in level.parameters())
 
 
 class Level(nn.Module):
@@ -247,11 +276,41 @@ class LODBrain(nn.Module):
         ValueError where a side is no multiple of ``config.multiple``.
         """
         self._check(x, self.config.multiple)
-        outputs, features = [], None
-        for pool, level in zip(self.config.pools, self.levels, strict=True):
-            out, features = level(F.max_pool3d(x, pool) if pool > 1 else x, features)   # (B, 4·w0, D/pool, H/pool, W/pool)
+        return self._classify(self._run(x, len(self.levels))[0])
+
+    def forward_window(self, x: Tensor, window: Sequence[slice]) -> Tensor:
+        """``forward`` with its finest level on a part of the image, all levels before it on the whole head.
+
+        x as for ``forward``; ``window`` three slices of voxels, from and to multiples of ``config.multiple`` → logits
+        (B, classes, *window), what ``forward`` gives there except for one thing. The finest level runs on the window and
+        ``config.halo`` voxels around it, so that no convolution sees a border that the image does not have; but the moments of its
+        group norms are those of this part, as those of the whole would take the finest level's largest convolution over the whole
+        image. Weights that are to meet whole volumes should end their training on whole volumes.
+
+        ValueError for a window that does not fit, and with one level, which has none before it.
+        """
+        self._check(x, self.config.multiple)
+        if self.config.levels == 1:
+            raise ValueError("forward_window: the network has 1 level, wanted at least 2")
+        self._check_window(x, window)
+        outputs, (down, up) = self._run(x, len(self.levels) - 1)
+        outer = [slice(max(0, s.start - self.config.halo), min(side, s.stop + self.config.halo))
+                 for s, side in zip(window, x.shape[2:], strict=True)]  # fmt: skip
+        finest = self.levels[-1]
+        features = [[_part(f, outer, x) for f in few] for few in (down[: len(finest.encoder)], up)]
+        out = finest(x[:, :, *outer], features)[0]                # (B, 4·w0, *outer)
+        inner = [slice(s.start - o.start, s.stop - o.start) for s, o in zip(window, outer, strict=True)]
+        return self._classify([_part(o, window, x) for o in outputs] + [out[:, :, *inner]])
+
+    def _run(self, x: Tensor, levels: int) -> tuple[list[Tensor], tuple[list, list]]:
+        """Outputs (B, 4·w0, D/pool, H/pool, W/pool) of the first levels, and the last one's features; no graph for frozen ones."""
+        outputs, features, graph = [], None, x.requires_grad
+        for pool, level in zip(self.config.pools[:levels], self.levels[:levels], strict=True):
+            graph = graph or not _is_frozen(level)
+            with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+                out, features = level(F.max_pool3d(x, pool) if pool > 1 else x, features)
             outputs.append(out)
-        return self._classify(outputs)
+        return outputs, features
 
     def forward_coarse(self, x_pooled: Tensor) -> Tensor:
         """What ``forward`` gives before its last upsampling: logits (B, classes, d, h, w) on the grid of the pooled image.
@@ -279,6 +338,25 @@ class LODBrain(nn.Module):
         if any(side == 0 or side % multiple for side in x.shape[2:]):
             raise ValueError(f"image: {' × '.join(map(str, x.shape[2:]))} voxels, wanted every side a multiple of {multiple}")
 
+    def _check_window(self, x: Tensor, window: Sequence[slice]) -> None:
+        m = self.config.multiple
+        whole = len(window) == 3 and all(s.step in (None, 1) and s.start is not None and s.stop is not None for s in window)
+        if not whole or any(s.start % m or s.stop % m or not 0 <= s.start < s.stop <= side for s, side in zip(window, x.shape[2:], strict=True)):
+            sides = " × ".join(map(str, x.shape[2:]))
+            raise ValueError(f"window: {window}, wanted three slices within {sides} voxels, from and to multiples of {m}")
+
+    def train(self, mode: bool = True) -> LODBrain:
+        """As any module's; but a frozen level stays as it is in use: without dropout."""
+        super().train(mode)
+        for level in self.levels:
+            level.train(mode and not _is_frozen(level))
+        return self
+
+    def checkpoint_blocks(self, on: bool = True) -> None:
+        """In training, keep only the blocks' inputs and compute their insides again: less memory for more time, same gradients."""
+        for block in (m for m in self.modules() if isinstance(m, Plain)):
+            block.checkpointing = on
+
     def l2(self, weight: float = L2_WEIGHT) -> Tensor:
         """The penalty to add to the loss: weight · Σw² over the kernels of every convolution but the levels' first.
 
@@ -293,8 +371,8 @@ class LODBrain(nn.Module):
         """Start this stage from the one before: every tensor of ``coarse``, head included, into the levels it has here.
 
         ``coarse`` has fewer levels and the same classes, widths, groups and epsilon: ValueError if not. The finer levels
-        keep their initial values. ``freeze`` holds the loaded levels still; the head, which all levels share, trains on.
-        The published weights were trained with nothing held still.
+        keep their initial values. ``freeze`` holds the loaded levels still, without gradients and without dropout; the head,
+        which all levels share, trains on. The published weights were trained with nothing held still.
         """
         if coarse.config.levels >= self.config.levels:
             raise ValueError(f"coarse: {coarse.config.levels} levels, wanted fewer than the network's {self.config.levels}")
@@ -305,6 +383,7 @@ class LODBrain(nn.Module):
         self.load_state_dict(self.state_dict() | coarse.state_dict())
         if freeze:
             self.levels[: coarse.config.levels].requires_grad_(False)
+            self.train(self.training)
 
     @classmethod
     def from_dict(cls, config: dict) -> LODBrain:
