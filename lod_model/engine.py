@@ -29,7 +29,9 @@ from lod_model.engine_kernels import (
     cast,
     conv,
     empty,
+    keep_freed_memory,
     kernel_of,
+    max_pooled,
     softmax_,
     taps_as_channels,
     taps_between,
@@ -56,6 +58,7 @@ def compile_network(network: LODBrain, *, dtype: torch.dtype = torch.float32, sl
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: {dtype}, wanted torch.float32 or torch.bfloat16")
+    keep_freed_memory()
     with torch.inference_mode():
         return FastLODBrain(network, dtype, slab_voxels)
 
@@ -82,7 +85,7 @@ class FastLODBrain:
         out = empty((1, self.config.classes, *x.shape[2:]), torch.float32, last=False) if out is None else out
         finest, logits, above = self.config.pools[-1], None, ([], [])
         for pool, level in zip(self.config.pools, self._levels, strict=True):
-            pooled = F.max_pool3d(x, pool) if pool > 1 else x                # (1, 1, D/pool, H/pool, W/pool)
+            pooled = max_pooled(x, pool)                                     # (1, 1, D/pool, H/pool, W/pool)
             result = out[0] if level.finest and finest == 1 else out.new_empty((self.config.classes, *pooled.shape[2:]))
             above = level.run(pooled, above, logits, result, softmax=softmax and level.finest)
             logits = result
