@@ -51,6 +51,8 @@ class Stage(Section):
     """Edge, in voxels, of the part of the head that the finest level is trained on; null: all of it."""
     samples: Annotated[int, Field(ge=1, le=6)] | None = None
     """Labels under a voxel, along an axis; null: one a millimetre."""
+    rendering: dict = {}
+    """Overrides of the recipe's rendering in this stage."""
 
 
 class Recipe(Section):
@@ -147,7 +149,7 @@ class Renderings(Dataset):
 
     def __init__(self, anatomies: list[Anatomy], recipe: Recipe, stage: Stage) -> None:
         self.anatomies, self.recipe, self.stage = anatomies, recipe, stage
-        self.protocol, self.how = protocols.load(recipe.protocol), Rendering(**recipe.rendering)
+        self.protocol, self.how = protocols.load(recipe.protocol), Rendering(**recipe.rendering | stage.rendering)
 
     def __len__(self) -> int:
         return self.stage.steps
