@@ -8,6 +8,7 @@ of workers. The weights that count are the running mean of the last steps' (Poly
 
 import argparse
 import copy
+import dataclasses
 import functools
 import logging
 import time
@@ -17,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,6 +40,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _known(overrides: dict) -> dict:
+    names = [field.name for field in dataclasses.fields(Rendering)]
+    if unknown := sorted(set(overrides) - set(names)):
+        raise ValueError(f"{', '.join(unknown)} is not known; {', '.join(names)} are")
+    return overrides
+
+
+RenderingOverrides = Annotated[dict, AfterValidator(_known)]
+
+
 class Stage(Section):
     """Some steps of Adam on one part of the network."""
 
@@ -51,7 +62,7 @@ class Stage(Section):
     """Edge, in voxels, of the part of the head that the finest level is trained on; null: all of it."""
     samples: Annotated[int, Field(ge=1, le=6)] | None = None
     """Labels under a voxel, along an axis; null: one a millimetre."""
-    rendering: dict = {}
+    rendering: RenderingOverrides = {}
     """Overrides of the recipe's rendering in this stage."""
 
 
@@ -64,7 +75,7 @@ class Recipe(Section):
     protocol: str = "lod7"
     voxel_mm: Annotated[int, Field(ge=1, le=8)] = 2
     seed: int = 0
-    rendering: dict = {}
+    rendering: RenderingOverrides = {}
     """Overrides of :class:`lod_model.render.Rendering`."""
     cross_entropy: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the voxel-mean cross-entropy beside the Dice loss; it keeps small classes alive in short trainings."""

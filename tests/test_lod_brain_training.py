@@ -146,3 +146,20 @@ def test_a_frozen_level_keeps_no_graph_and_drops_nothing():
     assert not seen[0].requires_grad and torch.equal(seen[0], seen[1])
     assert all(p.grad is None for p in fine.levels[0].parameters())
     assert all(p.grad is not None for p in [*fine.levels[1].parameters(), *fine.head.parameters()])
+
+
+def test_bf16_gradients_are_right_where_a_block_sees_two_voxels_a_side():
+    net, x = made(RELEASED), noise(1, 1, 16, 16, 16)
+    target = noise(1, 7, 16, 16, 16, seed=3)
+
+    def gradients(half: bool) -> torch.Tensor:
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = net(x)
+        (out.float() * target).sum().backward()
+        return net.levels[0].bridge.conv.weight.grad.clone()
+
+    exact = gradients(half=False)
+    for _ in range(5):
+        half = gradients(half=True)
+        assert half.isfinite().all() and (half - exact).norm() < 0.1 * exact.norm()

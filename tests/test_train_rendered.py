@@ -117,6 +117,7 @@ def test_a_window_holds_the_brain_where_it_can():
     [
         ("stages: [{name: a, steps: 0, learning_rate: 1}]", "stages.0.steps is 0"),
         ("voxels: 2\nstages: []", "voxels is 2"),
+        ("rendering: {noise: 1}\nstages: []", "rendering is .*noise is not known; rotation_degrees, "),
         ("{", "not a YAML file"),
     ],
 )  # fmt: skip

@@ -165,7 +165,13 @@ class Plain(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        x = self.norm(self.conv(x), inplace=not torch.is_grad_enabled()).relu_()   # (B, width, D, H, W)
+        if tuple(x.shape[2:]) == (2, 2, 2) and torch.is_autocast_enabled(x.device.type):
+            # torch 2.13: oneDNN's bf16 weight gradient of a 3³ convolution over exactly 2³ voxels holds uninitialised memory
+            with torch.autocast(x.device.type, enabled=False):
+                x = self.conv(x.float())
+        else:
+            x = self.conv(x)                                      # (B, width, D, H, W)
+        x = self.norm(x, inplace=not torch.is_grad_enabled()).relu_()
         x = F.dropout(x, self.dropout, self.training)
         return self.resample(x).relu_()                           # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
 
