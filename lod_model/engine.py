@@ -182,15 +182,16 @@ class _FastLevel:
         _, width, _, h, w = wide.shape
         block = wide.new_empty((h * w, halves.shape[2]))                     # (H/2·W/2, 2·2·C)
 
-        def fill(start: int, stop: int, out: Tensor) -> None:                # out (1, C, stop−start, H, W)
-            for s, flat in zip(range(start, stop), out[0].permute(1, 2, 3, 0), strict=True):   # (H, W, C)
+        def fill(start: int, stop: int, out: Tensor) -> None:                # out (1, C, stop−start, H, W); a slice at a time, in cache
+            taps = taps_between(x, start, stop, self.dtype, reach=1)         # (1, 5, stop−start+2, H, W)
+            for i, (s, flat) in enumerate(zip(range(start, stop), out[0].permute(1, 2, 3, 0), strict=True)):   # (H, W, C)
                 voxels = wide[0, :, s // 2].permute(1, 2, 0).reshape(-1, width)
                 torch.addmm(biases, voxels, halves[s % 2], out=block)
                 rows = flat.view(h, 2, w, -1)                                # (H/2, 2, W/2, 2·C)
                 torch.clamp_min(block.view(h, w, 2, -1).transpose(1, 2), 0, out=rows)
                 if above is not None:
                     rows.unflatten(3, (2, -1)).add_(above[0, :, s // 2].permute(1, 2, 0)[:, None, :, None])
-            add_conv(out, taps_between(x, start, stop, self.dtype, reach=1), self.stem, padding=(0, 1, 0))
+                add_conv(out[:, :, i : i + 1], taps[:, :, i : i + 3], self.stem, padding=(0, 1, 0))
 
         return fill
 

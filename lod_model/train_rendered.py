@@ -106,11 +106,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=1, help="processes that render; no result depends on it")
     parser.add_argument("--threads", type=int, help="of the training itself")
+    parser.add_argument("--licence", help="of the label maps; written into the weights")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     recipe = load_recipe(arguments.recipe)
-    train(recipe, load_anatomies(arguments.anatomies), arguments.out, workers=arguments.workers)
+    train(recipe, load_anatomies(arguments.anatomies), arguments.out, workers=arguments.workers, licence=arguments.licence)
 
 
 def load_anatomies(folder: Path) -> list[Anatomy]:
@@ -121,7 +122,7 @@ def load_anatomies(folder: Path) -> list[Anatomy]:
     return [load_anatomy(path) for path in files]
 
 
-def train(recipe: Recipe, anatomies: list[Anatomy], out: Path, *, workers: int = 0) -> Path:
+def train(recipe: Recipe, anatomies: list[Anatomy], out: Path, *, workers: int = 0, licence: str | None = None) -> Path:
     """All stages of the recipe, going on where an earlier call stopped; returns the weights' path."""
     out.mkdir(parents=True, exist_ok=True)
     state = _resumed(out, recipe, anatomies)
@@ -140,13 +141,14 @@ def train(recipe: Recipe, anatomies: list[Anatomy], out: Path, *, workers: int =
         save = functools.partial(_save, out, recipe, anatomies, number)
         network = fit(network, stage, Renderings(anatomies, recipe, stage), recipe=recipe, workers=workers, state=mine, save=save, note=note)
         _save(out, recipe, anatomies, number + 1, {"step": 0, "average": network.state_dict()})
-        network_weights(out / f"weights-{stage.name}.pt", network, recipe, anatomies)
-    return network_weights(out / "weights.pt", network, recipe, anatomies)
+        network_weights(out / f"weights-{stage.name}.pt", network, recipe, anatomies, licence)
+    return network_weights(out / "weights.pt", network, recipe, anatomies, licence)
 
 
-def network_weights(path: Path, network: nn.Module, recipe: Recipe, anatomies: list[Anatomy]) -> Path:
+def network_weights(path: Path, network: nn.Module, recipe: Recipe, anatomies: list[Anatomy], licence: str | None) -> Path:
     """The checkpoint, with what it came from."""
-    provenance = {"trained_on": "renderings of label maps", "anatomies": [a.name for a in anatomies], "recipe": recipe.model_dump(mode="json")}
+    provenance = {"trained_on": "renderings of label maps", "licence": licence, "anatomies": [a.name for a in anatomies]}
+    provenance["recipe"] = recipe.model_dump(mode="json")
     grid = f"{recipe.voxel_mm}mm"
     return weights.save(path, network, name=recipe.network, protocol=recipe.protocol, grid=grid, provenance=provenance)
 
