@@ -132,7 +132,7 @@ class _FastLevel:
         step = max(2, self.slab_voxels // (x.shape[3] * x.shape[4]) // 2 * 2)
         halved = self.first.prepare(x, step)
         wide, (down, up) = self._middle(halved, x.shape[2:], above, step)    # wide (1, w0, D/2, H/2, W/2)
-        step *= 2
+        step *= 8   # two slices of each window are copied to the next: more slices, fewer copies
         fill = self._last_block(wide, x, above[1][-1] if above[1] else None)
         depth, window = x.shape[2], (1, self.stem.bias.numel(), 2 + (step if self.finest else x.shape[2]), *x.shape[3:])
         features = empty(window, self.dtype)                                # (1, 4·w0, step+2 or D+2, H, W)
