@@ -172,7 +172,7 @@ def train_and_test(settings: Settings, arm: Arm, train: list[Sample], tests: dic
             grow(network, previous)
         network = fit(network, stage, Scans(train, seed=seed, steps=stage.steps, stage=stage.name), recipe=recipe)
         steps, spent = steps + stage.steps, spent + stage.steps * cost / 1e12
-    return {"steps": steps, "tera_macs": round(spent, 2)} | {role: round(mean_dice(network, samples), 4) for role, samples in tests.items()}
+    return {"steps": steps, "tera_macs": round(spent, 6)} | {role: round(mean_dice(network, samples), 4) for role, samples in tests.items()}
 
 
 def step_macs(network: nn.Module, stage: Stage, voxel_mm: int) -> int:
