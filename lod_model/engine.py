@@ -190,7 +190,7 @@ class _FastLevel:
                 rows = flat.view(h, 2, w, -1)                                # (H/2, 2, W/2, 2·C)
                 torch.clamp_min(block.view(h, w, 2, -1).transpose(1, 2), 0, out=rows)
                 if above is not None:
-                    rows.unflatten(3, (2, -1)).add_(above[0, :, s // 2].permute(1, 2, 0)[:, None, :, None])
+                    rows.add_(above[0, :, s // 2].permute(1, 2, 0).repeat(1, 1, 2)[:, None])   # doubled along W: runs of a row, not of C
                 add_conv(out[:, :, i : i + 1], taps[:, :, i : i + 3], self.stem, padding=(0, 1, 0))
 
         return fill
