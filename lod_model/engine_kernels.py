@@ -107,7 +107,8 @@ class ThinConv:
         group = self.group if len(out) % self.group == 0 else 1
         y = conv(x, self.kernels[group], stride=(group, 1, 1), padding=(0, 1, 1))    # (1, group·O, n/group, H, W)
         y = y[0].unflatten(0, (group, -1)).permute(2, 0, 3, 4, 1)            # (n/group, group, H, W, O)
-        out.unflatten(0, (-1, group)).copy_(y)
+        for slices, result in zip(out.unflatten(0, (-1, group)), y, strict=True):    # one after the other: they are read once for each class
+            slices.copy_(result)
 
 
 def taps_as_channels(weight: Tensor) -> Tensor:
