@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -16,22 +16,25 @@ from data_registry import conform, protocol
 from data_registry.errors import InputError
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """Settings: frozen, an unknown key is an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Settings = TypeVar("Settings", bound=Section)
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Index(_Section):
+class Index(Section):
     """Where the data is."""
 
     roots: tuple[str, ...]
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
 
 
-class Harmonise(_Section):
+class Harmonise(Section):
     """BIDS trees → shards."""
 
     grid: str = "1mm"
@@ -57,7 +60,7 @@ class Harmonise(_Section):
         return value
 
 
-class Split(_Section):
+class Split(Section):
     """Who is held out."""
 
     key: Literal["place", "site", "database", "manufacturer", "scanner"] = "place"
@@ -74,14 +77,14 @@ class Split(_Section):
     seed: int = 0
 
 
-class Stage(_Section):
+class Stage(Section):
     """One step of progressive training."""
 
     epochs: Annotated[int, Field(ge=0)]
     learning_rate: Annotated[float, Field(gt=0)]
 
 
-class Train(_Section):
+class Train(Section):
     """Progressive training of one network on every fold."""
 
     protocol: str = "lod7"
@@ -129,7 +132,7 @@ class Train(_Section):
     """1: every scan equally often; towards 0: every site equally often."""
 
 
-class Evaluate(_Section):
+class Evaluate(Section):
     """Scores on held-out places and unseen people."""
 
     postprocess: Literal["none", "components", "release"] = "components"
@@ -138,7 +141,7 @@ class Evaluate(_Section):
     """Weight files scored beside the trained folds, e.g. imported ones. The stage's key sees the names: give other weights another name."""
 
 
-class Resources(_Section):
+class Resources(Section):
     """Where and how wide; never part of a result's identity."""
 
     workers: Count = 2
@@ -152,7 +155,7 @@ class Resources(_Section):
     """Tracking server; null is SQLite in mlflow/ beside params.yaml."""
 
 
-class Params(_Section):
+class Params(Section):
     """The whole of ``params.yaml``."""
 
     experiment: Annotated[str, Field(pattern=r"^[a-z0-9_]+$")] = "base"
@@ -170,32 +173,42 @@ class Params(_Section):
 
 
 def load_params(path: str | os.PathLike = "params.yaml") -> Params:
-    """Read and check the settings; anything wrong is an :class:`InputError` that names the file and the key."""
+    """Read and check ``params.yaml``; see :func:`load_settings`."""
+    return load_settings(path, Params)
+
+
+def load_settings(path: str | os.PathLike, model: type[Settings]) -> Settings:
+    """Read a YAML file and check it; anything wrong is an :class:`InputError` that names the file and the key."""
     path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; the settings file is wanted (run in the folder that holds it)") from None
+        hint = " (run in the folder that holds it)" if model is Params else ""
+        raise InputError(f"{path}: {error.strerror}; the settings file is wanted{hint}") from None
     except UnicodeError:
         raise InputError(f"{path}: not UTF-8 text; a YAML file in UTF-8 is wanted") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     try:
-        return Params.model_validate(content or {})
+        return model.model_validate(content or {})
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_sentence(detail) for detail in error.errors())) from None
+        raise InputError(f"{path}: " + "; ".join(_sentence(detail, model) for detail in error.errors())) from None
 
 
-def _sentence(detail: dict) -> str:
+def _sentence(detail: dict, model: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        model: type[BaseModel] = Params
         for part in detail["loc"][:-1]:
-            annotation = model.model_fields[str(part)].annotation
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else model
+            model = _section_of(model.model_fields[part].annotation) or model if part in model.model_fields else model
         return f"{key} is not a known key; {', '.join(model.model_fields)} are"
     reason = detail["msg"].removeprefix("Value error, ")
     return f"{key} is {detail['input']!r}: {reason}" if detail["type"] != "missing" else f"{key} is missing"
+
+
+def _section_of(annotation: object) -> type[Section] | None:
+    """The settings that a field holds, alone or as a tuple's or dict's values."""
+    inside = (annotation, *get_args(annotation))
+    return next((part for part in inside if isinstance(part, type) and issubclass(part, Section)), None)
 
 
 def fingerprint(*parts: object) -> str:

@@ -14,12 +14,11 @@ import csv
 import functools
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 from scipy import stats
 from torch import nn
 from torch.utils.data import Dataset
@@ -27,13 +26,13 @@ from torch.utils.data import Dataset
 from data_registry import protocol as protocols
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
-from data_registry.params import fingerprint
+from data_registry.params import Section, fingerprint, load_settings
 from lod_model import metrics, networks
 from lod_model.augment import sample_seed
 from lod_model.networks.cost import macs
 from lod_model.render import CUBE_MM, Anatomy, Rendering, Sample, render, zscored
 from lod_model.tracking import Tracker
-from lod_model.train_rendered import Recipe, Section, Stage, build_stage, fit, grow, load_anatomies
+from lod_model.train_rendered import Recipe, Stage, build_stage, fit, grow, load_anatomies
 
 log = logging.getLogger("lodbrain.learning_curve")
 PROTOCOL = "lod7"
@@ -46,7 +45,7 @@ class ShareStage(Section):
     """A stage of training, by its share of the compute."""
 
     name: str
-    level: Annotated[str, Field(pattern="^(coarse|fine)$")]
+    level: Literal["coarse", "fine"]
     share: Annotated[float, Field(gt=0, le=1)]
     learning_rate: Annotated[float, Field(gt=0)]
 
@@ -80,19 +79,7 @@ def main() -> None:
     parser.add_argument("--mlflow-uri", help="tracking server; default: SQLite in mlflow/ of the current folder")
     arguments = parser.parse_args()
     anatomies = load_anatomies(arguments.anatomies)
-    run(load_settings(arguments.settings), anatomies, arguments.out, tracker=Tracker("learning_curve", uri=arguments.mlflow_uri))
-
-
-def load_settings(path: Path) -> Settings:
-    """Read and check; InputError names the file and the key."""
-    try:
-        return Settings.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; settings in YAML are wanted") from None
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise InputError(f"{path}: not a YAML file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
-    except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())) from None
+    run(load_settings(arguments.settings, Settings), anatomies, arguments.out, tracker=Tracker("learning_curve", uri=arguments.mlflow_uri))
 
 
 def run(settings: Settings, anatomies: list[Anatomy], out: Path, *, tracker: Tracker) -> None:

@@ -17,27 +17,20 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_registry import protocol as protocols
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
-from data_registry.params import fingerprint
+from data_registry.params import Section, fingerprint, load_settings
 from lod_model import networks, weights
 from lod_model.augment import sample_seed
 from lod_model.render import CUBE_MM, Anatomy, Rendering, load_anatomy, render, zscored
 
 log = logging.getLogger("lodbrain.train_rendered")
 SAVE_SECONDS = 120
-
-
-class Section(BaseModel):
-    """Settings: frozen, an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _known(overrides: dict) -> dict:
@@ -84,20 +77,6 @@ class Recipe(Section):
     stages: tuple[Stage, ...]
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe; InputError names the file and the key."""
-    path = Path(path)
-    try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; a recipe in YAML is wanted") from None
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise InputError(f"{path}: not a YAML file in UTF-8 ({' '.join(str(error).split())[:200]})") from None
-    except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors())
-        raise InputError(f"{path}: {'; '.join(lines)}") from None
-
-
 def main() -> None:
     """Train by a recipe on the label maps of a folder."""
     parser = argparse.ArgumentParser(prog="python -m lod_model.train_rendered", description=main.__doc__)
@@ -110,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    recipe = load_recipe(arguments.recipe)
+    recipe = load_settings(arguments.recipe, Recipe)
     train(recipe, load_anatomies(arguments.anatomies), arguments.out, workers=arguments.workers, licence=arguments.licence)
 
 

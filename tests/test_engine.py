@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from published import SCANS, published
+from small_networks import made, noise
 
 from lod_model.engine import _windows, compile_network
 from lod_model.engine_kernels import ThinConv, empty, kernel_of
@@ -22,24 +23,11 @@ NETWORKS = {
 }
 
 
-def made(config: LODBrainConfig, seed: int = 0) -> LODBrain:
-    torch.manual_seed(seed)
-    net = LODBrain(config).eval()
-    for parameter in net.parameters():   # biases and affines too, so that none is idle in a comparison
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return net
-
-
-def image(*shape: int) -> torch.Tensor:
-    return torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("slab_voxels", [1, 3000, 2**18])   # slabs of two slices, of a few, and as a user has them
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_logits(name, slab_voxels):
     config, shape = NETWORKS[name]
-    net, x = made(config), image(*shape)
+    net, x = made(config), noise(1, 1, *shape, seed=1)
     with torch.no_grad():
         expected = net(x)
     logits = compile_network(net, slab_voxels=slab_voxels)(x)
@@ -49,7 +37,7 @@ def test_the_same_logits(name, slab_voxels):
 
 def test_the_faces_of_the_grid_are_exact():
     """A bright image has its largest error where the zeros begin, were the two convolutions taken for one there."""
-    net, x = made(RELEASED), image(16, 16, 16) + 5
+    net, x = made(RELEASED), noise(1, 1, 16, 16, 16, seed=1) + 5
     with torch.no_grad():
         expected = net(x)
     torch.testing.assert_close(compile_network(net)(x), expected, atol=1e-4, rtol=0)
@@ -58,7 +46,7 @@ def test_the_faces_of_the_grid_are_exact():
 @pytest.mark.parametrize("name", ["released", "coarse"])
 def test_probabilities_into_a_given_tensor(name):
     config, shape = NETWORKS[name]
-    net, x = made(config), image(*shape)
+    net, x = made(config), noise(1, 1, *shape, seed=1)
     with torch.no_grad():
         expected = net(x).softmax(1)
     out = torch.full((1, config.classes, *shape), torch.nan)
@@ -70,7 +58,7 @@ def test_probabilities_into_a_given_tensor(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_bfloat16_is_near(name):
     config, shape = NETWORKS[name]
-    net, x = made(config), image(*shape)
+    net, x = made(config), noise(1, 1, *shape, seed=1)
     with torch.no_grad():
         expected = net(x)
     logits = compile_network(net, dtype=torch.bfloat16, slab_voxels=3000)(x)
@@ -79,7 +67,7 @@ def test_bfloat16_is_near(name):
 
 
 def test_neither_network_nor_image_changes():
-    net, x = made(RELEASED).train(), image(16, 16, 16)
+    net, x = made(RELEASED).train(), noise(1, 1, 16, 16, 16, seed=1)
     state, before = {name: t.clone() for name, t in net.state_dict().items()}, x.clone()
     first = compile_network(net)
     logits = first(x)
@@ -121,7 +109,7 @@ def test_windows_hold_each_slice_with_its_neighbours(depth, step):
 @pytest.mark.parametrize(("channels", "group"), [(1, 4), (4, 4), (5, 2), (7, 2), (8, 2), (9, 1), (16, 1), (32, 1)])
 def test_slices_as_channels(channels, group):
     conv = torch.nn.Conv3d(5, channels, 3, padding=1)
-    x, out = image(8, 6, 4).expand(1, 5, 8, 6, 4), torch.empty(8, 6, 4, channels)
+    x, out = noise(1, 1, 8, 6, 4, seed=1).expand(1, 5, 8, 6, 4), torch.empty(8, 6, 4, channels)
     thin = ThinConv(kernel_of(conv), torch.float32)
     assert thin.group == group
     thin(torch.nn.functional.pad(x, [0, 0, 0, 0, 1, 1]), out)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from published import SCANS, published
+from small_networks import made, noise
 from torch.nn import functional as F
 
 from data_registry.errors import InputError
@@ -14,19 +15,6 @@ from lod_model.networks.lod_brain import LODBrain, LODBrainConfig, Plain, UpPlai
 COARSE = LODBrainConfig(levels=1, coarse_pool=4)
 RELEASED = LODBrainConfig()
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def made(config: LODBrainConfig, seed: int = 0) -> LODBrain:
-    torch.manual_seed(seed)
-    net = LODBrain(config).eval()
-    for parameter in net.parameters():   # biases and affines too, so that none is idle in a comparison
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return net
 
 
 def naive_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
@@ -73,7 +61,7 @@ def test_parameters_of_each_part():
         ({"groups": 3}, "groups: 3, wanted a positive integer that divides"),
         ({"epsilon": 0}, "epsilon: 0, wanted a positive number"),
         ({"epsilon": "1e-3"}, "epsilon: '1e-3'"),
-        ({"width": [8, 16]}, "no width; known: classes, widths, levels"),
+        ({"width": [8, 16]}, "no width; known: classes, widths, dropout"),
     ],
 )
 def test_a_wrong_configuration_is_refused(values, words):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_networks import made, noise
 from torch.nn import functional as F
 
 from lod_model.losses import block_dice_loss, dice_loss
@@ -12,19 +13,6 @@ COARSE = LODBrainConfig(levels=1, coarse_pool=4)
 RELEASED = LODBrainConfig()
 DEEP = LODBrainConfig(classes=3, widths=(2, 4, 4, 8), levels=2)
 THREE = LODBrainConfig(classes=3, widths=(2, 4, 4, 8), levels=3)
-
-
-def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def made(config: LODBrainConfig, seed: int = 0) -> LODBrain:
-    torch.manual_seed(seed)
-    net = LODBrain(config).eval()
-    for parameter in net.parameters():   # biases and affines too, so that none is idle in a comparison
-        if parameter.ndim == 1:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return net
 
 
 def blobs(classes: int, side: int) -> torch.Tensor:

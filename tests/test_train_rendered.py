@@ -6,10 +6,11 @@ import torch
 from small_heads import box_heads
 
 from data_registry.errors import InputError
+from data_registry.params import load_settings
 from data_registry.volume import save_volume
 from lod_model import train_rendered, weights
 from lod_model.render import Anatomy
-from lod_model.train_rendered import Recipe, Renderings, Stage, _loss, _window, build_stage, load_anatomies, load_recipe, train
+from lod_model.train_rendered import Recipe, Renderings, Stage, _loss, _window, build_stage, load_anatomies, train
 
 TINY = {"widths": [2, 2, 4], "groups": 2}
 RECIPE = Recipe(
@@ -116,20 +117,20 @@ def test_a_window_holds_the_brain_where_it_can():
     ("text", "line"),
     [
         ("stages: [{name: a, steps: 0, learning_rate: 1}]", "stages.0.steps is 0"),
-        ("voxels: 2\nstages: []", "voxels is 2"),
+        ("voxels: 2\nstages: []", "voxels is not a known key; network, "),
         ("rendering: {noise: 1}\nstages: []", "rendering is .*noise is not known; rotation_degrees, "),
-        ("{", "not a YAML file"),
+        ("{", "not valid YAML"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_one_line(tmp_path, text, line):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(InputError, match=line) as error:
-        load_recipe(tmp_path / "recipe.yaml")
+        load_settings(tmp_path / "recipe.yaml", Recipe)
     assert "\n" not in str(error.value)
 
 
 def test_the_packaged_recipe_is_right():
-    recipe = load_recipe("params/rendered.yaml")
+    recipe = load_settings("params/rendered.yaml", Recipe)
     assert [build_stage(recipe, stage).config.levels for stage in recipe.stages] == [1, 2, 2]
 
 

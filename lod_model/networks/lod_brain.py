@@ -23,18 +23,17 @@ Our deviations, each the same function up to rounding:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lod_model.networks.common import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, is_integer, l2_penalty
 from lod_model.networks.group_norm import GroupNorm
 
-L2_WEIGHT = 1e-4
 COARSE_POOL = 4
 
 
@@ -43,19 +42,14 @@ COARSE_POOL = 4
 
 
 @dataclass(frozen=True)
-class LODBrainConfig:
-    """What the network is made of. Checked here, so that a network that exists is a network that runs.
+class LODBrainConfig(NetworkConfig):
+    """:class:`NetworkConfig`, of whose widths the last is the bridge's, and
 
-    classes      output channels, background included
-    widths       filters of the blocks, finest first; the last is the bridge
     levels       levels of detail, 1 … len(widths) − 1
     coarse_pool  max-pooling in front of level 0; None is 2**(levels − 1), and only one level alone may have another
-    dropout      probability that an element is dropped after each block's first convolution, in training
-    groups       groups of a group norm, or as many as it has channels if these are fewer
-    epsilon      added to the variance by the group norm
 
     >>> LODBrainConfig()
-    LODBrainConfig(classes=7, widths=(8, 16, 32), levels=2, coarse_pool=2, dropout=0.05, groups=8, epsilon=0.001)
+    LODBrainConfig(classes=7, widths=(8, 16, 32), dropout=0.05, groups=8, epsilon=0.001, levels=2, coarse_pool=2)
     >>> LODBrainConfig(levels=1, coarse_pool=4).multiple
     16
     >>> LODBrainConfig(levels=3)
@@ -63,34 +57,21 @@ class LODBrainConfig:
     ValueError: levels: 3, wanted an integer from 1 to 2 (len(widths) - 1)
     """
 
-    classes: int = 7
+    network = "lod_brain"
     widths: tuple[int, ...] = (8, 16, 32)
     levels: int = 2
     coarse_pool: int | None = None
-    dropout: float = 0.05
-    groups: int = 8
-    epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.classes, 2):
-            raise ValueError(f"classes: {self.classes!r}, wanted an integer of at least 2")
-        if not isinstance(self.widths, list | tuple) or len(self.widths) < 2 or not all(_is_integer(w, 1) for w in self.widths):
-            raise ValueError(f"widths: {self.widths!r}, wanted two or more positive integers")
-        object.__setattr__(self, "widths", tuple(self.widths))
-        if not _is_integer(self.levels, 1) or self.levels >= len(self.widths):
+        super().__post_init__()
+        if not is_integer(self.levels, 1) or self.levels >= len(self.widths):
             raise ValueError(f"levels: {self.levels!r}, wanted an integer from 1 to {len(self.widths) - 1} (len(widths) - 1)")
         stacked_pool = 2 ** (self.levels - 1)
         if self.coarse_pool is None:
             object.__setattr__(self, "coarse_pool", stacked_pool)
-        if not _is_integer(self.coarse_pool, 1) or (self.levels > 1 and self.coarse_pool != stacked_pool):
+        if not is_integer(self.coarse_pool, 1) or (self.levels > 1 and self.coarse_pool != stacked_pool):
             wanted = "a positive integer" if self.levels == 1 else f"{stacked_pool} (2**(levels - 1)) or nothing"
             raise ValueError(f"coarse_pool: {self.coarse_pool!r} with levels {self.levels}, wanted {wanted}")
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: {self.dropout!r}, wanted a number from 0 to below 1")
-        if not _is_integer(self.groups, 1) or any(w % min(self.groups, w) for w in self.widths):
-            raise ValueError(f"groups: {self.groups!r}, wanted a positive integer that divides every larger width of {self.widths}")
-        if not _is_number(self.epsilon) or not 0 < self.epsilon < math.inf:
-            raise ValueError(f"epsilon: {self.epsilon!r}, wanted a positive number")
 
     @property
     def pools(self) -> tuple[int, ...]:
@@ -114,31 +95,6 @@ class LODBrainConfig:
         With d halvings its convolutions reach 3·2**d − 1 voxels far; one more keeps the cut on the halvings' grid.
         """
         return 3 * 2 ** (len(self.widths) - self.levels)
-
-    def to_dict(self) -> dict:
-        """Plain numbers and lists, for a checkpoint or a YAML file; ``from_dict`` takes them back.
-
-        >>> LODBrainConfig.from_dict(LODBrainConfig(levels=1).to_dict()) == LODBrainConfig(levels=1)
-        True
-        """
-        return asdict(self) | {"widths": list(self.widths)}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> LODBrainConfig:
-        """The configuration with these values, defaults for the rest. An unknown key is a ValueError."""
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(str(key) for key in values if key not in known)
-        if unknown:
-            raise ValueError(f"lod_brain has no {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**values)
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,12 +121,7 @@ class Plain(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        if tuple(x.shape[2:]) == (2, 2, 2) and torch.is_autocast_enabled(x.device.type):
-            # torch 2.13: oneDNN's bf16 weight gradient of a 3³ convolution over exactly 2³ voxels holds uninitialised memory
-            with torch.autocast(x.device.type, enabled=False):
-                x = self.conv(x.float())
-        else:
-            x = self.conv(x)                                      # (B, width, D, H, W)
+        x = convolve(self.conv, x)                                # (B, width, D, H, W)
         x = self.norm(x, inplace=not torch.is_grad_enabled()).relu_()
         x = F.dropout(x, self.dropout, self.training)
         return self.resample(x).relu_()                           # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
@@ -263,25 +214,15 @@ class LODBrain(nn.Module):
         self.config = config
         self.levels = nn.ModuleList(Level(k, config) for k in range(config.levels))
         self.head = nn.Conv3d(4 * config.widths[0], config.classes, 1)
-        self._initialise()
+        initialise(self, self._stems())
         self.to(memory_format=torch.channels_last_3d)
-
-    def _initialise(self) -> None:
-        stems = [level.stem for level in self.levels]
-        for conv in (m for m in self.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d)):
-            if conv in stems:
-                nn.init.xavier_uniform_(conv.weight)
-            else:   # Keras cuts the normal at two deviations and widens it to keep the variance
-                deviation = math.sqrt(2 / (conv.weight.shape[1] * conv.weight[0, 0].numel())) / 0.87962566103423978
-                nn.init.trunc_normal_(conv.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
-            nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1, D, H, W), z-scored over all voxels, LIA, 1 mm → logits (B, classes, D, H, W).
 
         ValueError where a side is no multiple of ``config.multiple``.
         """
-        self._check(x, self.config.multiple)
+        check_image(x, self.config.multiple)
         return self._classify(self._run(x, len(self.levels))[0])
 
     def forward_window(self, x: Tensor, window: Sequence[slice]) -> Tensor:
@@ -295,7 +236,7 @@ class LODBrain(nn.Module):
 
         ValueError for a window that does not fit, and with one level, which has none before it.
         """
-        self._check(x, self.config.multiple)
+        check_image(x, self.config.multiple)
         if self.config.levels == 1:
             raise ValueError("forward_window: the network has 1 level, wanted at least 2")
         self._check_window(x, window)
@@ -326,7 +267,7 @@ class LODBrain(nn.Module):
         """
         if self.config.levels != 1:
             raise ValueError(f"forward_coarse: the network has {self.config.levels} levels, wanted 1")
-        self._check(x_pooled, self.config.pooled_multiple)
+        check_image(x_pooled, self.config.pooled_multiple)
         return self.head(self.levels[0](x_pooled, None)[0])
 
     def _classify(self, outputs: list[Tensor]) -> Tensor:
@@ -337,12 +278,6 @@ class LODBrain(nn.Module):
             share = F.conv3d(out, self.head.weight)               # (B, classes, D/pool, …), the bias once only
             logits = _plus_upsampled(logits, share, pool // finest)
         return logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="nearest")
-
-    def _check(self, x: Tensor, multiple: int) -> None:
-        if x.ndim != 5 or x.shape[1] != 1:
-            raise ValueError(f"image: shape {tuple(x.shape)}, wanted (B, 1, D, H, W)")
-        if any(side == 0 or side % multiple for side in x.shape[2:]):
-            raise ValueError(f"image: {' × '.join(map(str, x.shape[2:]))} voxels, wanted every side a multiple of {multiple}")
 
     def _check_window(self, x: Tensor, window: Sequence[slice]) -> None:
         m = self.config.multiple
@@ -364,14 +299,11 @@ class LODBrain(nn.Module):
             block.checkpointing = on
 
     def l2(self, weight: float = L2_WEIGHT) -> Tensor:
-        """The penalty to add to the loss: weight · Σw² over the kernels of every convolution but the levels' first.
+        """The penalty to add to the loss; the levels' first convolutions have none."""
+        return l2_penalty(self, self._stems(), weight)
 
-        Keras's L2: the squares are summed, neither halved nor averaged, so the gradient is 2·weight·w. It is part of the
-        loss that Adam sees; AdamW's decay is another thing.
-        """
-        stems = [level.stem for level in self.levels]
-        kernels = [m.weight for m in self.modules() if isinstance(m, nn.Conv3d | nn.ConvTranspose3d) and m not in stems]
-        return weight * torch.stack([kernel.float().square().sum() for kernel in kernels]).sum()
+    def _stems(self) -> list[nn.Module]:
+        return [level.stem for level in self.levels]
 
     def load_coarse(self, coarse: LODBrain, *, freeze: bool = False) -> None:
         """Start this stage from the one before: every tensor of ``coarse``, head included, into the levels it has here.
