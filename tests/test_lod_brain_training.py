@@ -21,6 +21,38 @@ def blobs(classes: int, side: int) -> torch.Tensor:
     return rough.argmax(1)
 
 
+# What training computes in another way
+
+
+def _grown(*inputs: torch.Tensor) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_() for t in inputs]
+
+
+def _same(ours: torch.Tensor, theirs: torch.Tensor, pairs: list) -> None:
+    """Values and, after a backward pass with the same weights of the voxels, the gradients of each pair."""
+    weights = noise(*ours.shape, seed=9, dtype=torch.float64)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=0, atol=1e-8)
+
+
+def test_stem_doubling_and_folded_head_are_what_they_stand_for():
+    net = made(LODBrainConfig(classes=3, widths=(2, 4, 8))).double()
+    level, up = net.levels[1], net.levels[1].decoder[0].resample
+    x, y, features = _grown(*(noise(2, c, 6, 4, 8, dtype=torch.float64) for c in (1, up.in_channels, 8)))
+    w, b, v, a = _grown(level.stem.weight, level.stem.bias, up.weight, up.bias)
+    _same(level.stem(x), F.conv3d(x2 := _grown(x)[0], w, b, padding=1), [(x, x2), (level.stem.weight, w), (level.stem.bias, b)])
+    _same(up(y), F.conv_transpose3d(y2 := _grown(y)[0], v, a, stride=2), [(y, y2), (up.weight, v), (up.bias, a)])
+    for level, with_bias in ((net.levels[0], False), (net.levels[1], True)):
+        net.zero_grad(set_to_none=True)
+        f, f2, w, b, h, c = _grown(features, features, level.out.weight, level.out.bias, net.head.weight, net.head.bias)
+        written = F.conv3d(F.conv3d(f2, w, b, padding=1), h, c if with_bias else None)
+        pairs = [(f, f2), (level.out.weight, w), (level.out.bias, b), (net.head.weight, h)]
+        _same(net._logits(level, f), written, pairs + [(net.head.bias, c)] * with_bias)
+
+
 # The coarse level at its own grid
 
 

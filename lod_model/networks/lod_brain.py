@@ -124,14 +124,49 @@ class Plain(nn.Module):
         x = convolve(self.conv, x)                                # (B, width, D, H, W)
         x = self.norm(x, inplace=not torch.is_grad_enabled()).relu_()
         x = F.dropout(x, self.dropout, self.training)
-        return self.resample(x).relu_()                           # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
+        return F.relu(self.resample(x), inplace=not torch.is_grad_enabled())   # (B, 4·width, D/2, H/2, W/2), or ·2 upwards
 
 
 class UpPlain(Plain):
     """Plain with a transposed convolution: doubles each side."""
 
     def __init__(self, channels: int, width: int, config: LODBrainConfig) -> None:
-        super().__init__(channels, width, config, resample=nn.ConvTranspose3d)
+        super().__init__(channels, width, config, resample=_Doubling)
+
+
+class _Doubling(nn.ConvTranspose3d):
+    """A transposed convolution whose kernel is as wide as its stride, 2³: in training a product of matrices.
+
+    torch's float32 kernel on CPUs is for contiguous tensors alone: with the copies to and fro it takes thrice the time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, I, D, H, W) → (B, O, 2·D, 2·H, 2·W)."""
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        kernel = self.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)                      # (8·O, I)
+        voxels = F.linear(x.permute(0, 2, 3, 4, 1), kernel, self.bias.repeat(8))       # (B, D, H, W, 8·O)
+        blocks = voxels.unflatten(4, (2, 2, 2, -1)).permute(0, 1, 4, 2, 5, 3, 6, 7)    # (B, D, 2, H, 2, W, 2, O)
+        return blocks.flatten(5, 6).flatten(3, 4).flatten(1, 2).permute(0, 4, 1, 2, 3)
+
+
+class _Stem(nn.Conv3d):
+    """A 3³ convolution of the one channel of the image; in float32 training on a CPU with nine voxels of a slice as channels.
+
+    torch has a slow kernel of its own for few channels there, contiguous and so followed by copies: four times the time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 1, D, H, W) → (B, O, D, H, W), in training channels last."""
+        if not torch.is_grad_enabled():
+            return super().forward(x)
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            taps = F.pad(x[:, 0], (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)      # (B, D, H, W, 9)
+            kernel = self.weight[:, 0].permute(0, 2, 3, 1).flatten(1, 2)[..., None, None]      # (O, 9, 3, 1, 1)
+            x = F.conv3d(taps.permute(0, 4, 1, 2, 3), kernel, self.bias, padding=(1, 0, 0))
+        else:
+            x = super().forward(x)
+        return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def _plus(x: Tensor, y: Tensor) -> Tensor:
@@ -161,14 +196,15 @@ class Level(nn.Module):
     """The U-Net of level ``index``, one encoder block shorter than the level before it.
 
     forward(x, above): x (B, 1, d, h, w), the image at this level; ``above`` what the level before returned as features,
-    None for level 0. Returns the output (B, 4·widths[0], d, h, w) and the features for the level after: the encoder's
-    skips and the decoder's outputs that this one has a counterpart for, finest first and coarsest first.
+    None for level 0. Returns what the convolution ``out`` makes the level's output from, (B, 4·widths[0], d, h, w), and the
+    features for the level after: the encoder's skips and the decoder's outputs that this one has a counterpart for, finest
+    first and coarsest first.
     """
 
     def __init__(self, index: int, config: LODBrainConfig) -> None:
         super().__init__()
         widths, channels = config.widths, 4 * config.widths[0]
-        self.stem = nn.Conv3d(1, channels, 3, padding=1)
+        self.stem = _Stem(1, channels, 3, padding=1)
         self.encoder, self.decoder = nn.ModuleList(), nn.ModuleList()
         for width in widths[1:-1 - index]:
             self.encoder.append(Plain(channels, width, config))
@@ -192,7 +228,7 @@ class Level(nn.Module):
             x = _plus(block(x), skips.pop())                      # each side doubles
             up.append(x if above is None else _plus_upsampled(x, above[1][i]))
             x = up[-1]
-        return self.out(x), (down, up[1:])
+        return x, (down, up[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +259,7 @@ class LODBrain(nn.Module):
         ValueError where a side is no multiple of ``config.multiple``.
         """
         check_image(x, self.config.multiple)
-        return self._classify(self._run(x, len(self.levels))[0])
+        return self._sum(self._run(x, len(self.levels))[0])
 
     def forward_window(self, x: Tensor, window: Sequence[slice]) -> Tensor:
         """``forward`` with its finest level on a part of the image, all levels before it on the whole head.
@@ -240,24 +276,24 @@ class LODBrain(nn.Module):
         if self.config.levels == 1:
             raise ValueError("forward_window: the network has 1 level, wanted at least 2")
         self._check_window(x, window)
-        outputs, (down, up) = self._run(x, len(self.levels) - 1)
+        logits, (down, up) = self._run(x, len(self.levels) - 1)
         outer = [slice(max(0, s.start - self.config.halo), min(side, s.stop + self.config.halo))
                  for s, side in zip(window, x.shape[2:], strict=True)]  # fmt: skip
         finest = self.levels[-1]
         features = [[_part(f, outer, x) for f in few] for few in (down[: len(finest.encoder)], up)]
-        out = finest(x[:, :, *outer], features)[0]                # (B, 4·w0, *outer)
+        out = self._logits(finest, finest(x[:, :, *outer], features)[0])
         inner = [slice(s.start - o.start, s.stop - o.start) for s, o in zip(window, outer, strict=True)]
-        return self._classify([_part(o, window, x) for o in outputs] + [out[:, :, *inner]])
+        return self._sum([_part(part, window, x) for part in logits] + [out[:, :, *inner]])
 
     def _run(self, x: Tensor, levels: int) -> tuple[list[Tensor], tuple[list, list]]:
-        """Outputs (B, 4·w0, D/pool, H/pool, W/pool) of the first levels, and the last one's features; no graph for frozen ones."""
-        outputs, features, graph = [], None, x.requires_grad
+        """Logits (B, classes, D/pool, H/pool, W/pool) of the first levels, and the last one's features; no graph for frozen ones."""
+        logits, features, graph = [], None, x.requires_grad
         for pool, level in zip(self.config.pools[:levels], self.levels[:levels], strict=True):
             graph = graph or not _is_frozen(level)
             with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
                 out, features = level(F.max_pool3d(x, pool) if pool > 1 else x, features)
-            outputs.append(out)
-        return outputs, features
+            logits.append(self._logits(level, out))
+        return logits, features
 
     def forward_coarse(self, x_pooled: Tensor) -> Tensor:
         """What ``forward`` gives before its last upsampling: logits (B, classes, d, h, w) on the grid of the pooled image.
@@ -268,16 +304,30 @@ class LODBrain(nn.Module):
         if self.config.levels != 1:
             raise ValueError(f"forward_coarse: the network has {self.config.levels} levels, wanted 1")
         check_image(x_pooled, self.config.pooled_multiple)
-        return self.head(self.levels[0](x_pooled, None)[0])
+        level = self.levels[0]
+        return self._logits(level, level(x_pooled, None)[0])
 
-    def _classify(self, outputs: list[Tensor]) -> Tensor:
-        """The head over the sum of all levels' outputs; it is linear, so each level's share is upsampled after it."""
-        finest = self.config.pools[-1]
-        logits = self.head(outputs.pop())                         # (B, classes, D/finest, …)
-        for pool, out in zip(self.config.pools, outputs, strict=False):
-            share = F.conv3d(out, self.head.weight)               # (B, classes, D/pool, …), the bias once only
-            logits = _plus_upsampled(logits, share, pool // finest)
-        return logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="nearest")
+    def _logits(self, level: Level, x: Tensor) -> Tensor:
+        """A level's share of the logits (B, classes, d, h, w): its output convolution, then the head, whose bias is the finest level's.
+
+        Both are linear. In training they are one convolution to the classes: a quarter of the multiplications, and no gradient of the
+        features between.
+        """
+        bias = self.head.bias if level is self.levels[-1] else torch.zeros_like(self.head.bias)
+        if not torch.is_grad_enabled():
+            return F.conv3d(level.out(x), self.head.weight, bias)
+        mix = self.head.weight.flatten(1)                         # (classes, C)
+        with torch.autocast(x.device.type, enabled=False):
+            weight = torch.einsum("kc,cidhw->kidhw", mix, level.out.weight)
+            bias = mix @ level.out.bias + bias
+        return F.conv3d(x, weight, bias, padding=1)
+
+    def _sum(self, logits: list[Tensor]) -> Tensor:
+        """Of all levels' logits, at the image's resolution."""
+        finest, total = self.config.pools[-1], logits.pop()       # (B, classes, D/finest, …)
+        for pool, share in zip(self.config.pools, logits, strict=False):
+            total = _plus_upsampled(total, share, pool // finest)
+        return total if finest == 1 else F.interpolate(total, scale_factor=finest, mode="nearest")
 
     def _check_window(self, x: Tensor, window: Sequence[slice]) -> None:
         m = self.config.multiple

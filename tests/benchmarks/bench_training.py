@@ -95,7 +95,8 @@ def measure(*, threads: int, kind: str, side: int, patch: int | None = None, hal
     def logits(image: torch.Tensor, window: list[slice] | None) -> torch.Tensor:
         if kind == "released":
             pool = torch.nn.functional.max_pool3d(image, 4)
-            return network.head(torch.nn.functional.interpolate(network.levels[0](pool, None)[0], scale_factor=4))
+            level = network.levels[0]
+            return network.head(torch.nn.functional.interpolate(level.out(level(pool, None)[0]), scale_factor=4))
         return network.forward_window(image, window) if window else network(image)
 
     def step(image: torch.Tensor, target: torch.Tensor, window: list[slice] | None) -> None:
