@@ -1,7 +1,7 @@
 """What a scanner does to a picture after the anatomy: contrast, bias field, motion, ghosting, spikes, noise, thick slices, blur, window.
 
 Motion, ghosting and spikes are TorchIO's. The rest is the same arithmetic in one or two passes, because TorchIO's own costs more than a
-training step at coarse grids: the bias field is its polynomial as three small matrix products (exact; 70 ms → 5 ms at 128³), blur and thick
+training step at coarse grids: the bias field is its polynomial as three small matrix products (exact; 70 ms → 2 ms at 128³), blur and thick
 slices are one matrix an axis (thick slices average what they cover, which RandomAnisotropy's nearest sampling does not).
 """
 
