@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lod_model.networks.common import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, is_integer, l2_penalty
+from lod_model.networks.conventions import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, is_integer, l2_penalty
 from lod_model.networks.group_norm import GroupNorm
 
 COARSE_POOL = 4

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lod_model.networks.common import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, l2_penalty
+from lod_model.networks.conventions import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, l2_penalty
 from lod_model.networks.group_norm import GroupNorm
 
 

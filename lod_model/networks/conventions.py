@@ -1,4 +1,4 @@
-"""What the networks share: a checked configuration, initial values, the check of an image, the L2 penalty, a guarded convolution."""
+"""What the networks share: a checked configuration, LOD-Brain's initial values and L2 penalty, the check of an image, a guarded convolution."""
 
 from __future__ import annotations
 
