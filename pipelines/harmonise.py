@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
-from data_registry.files import sha256
 from data_registry.params import Harmonise, fingerprint, load_params
 from data_registry.schema import read_table, write_table
+from data_registry.shard_store import ShardStore, open_store
 from data_registry.volume import load_image, load_labels
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.parallel import run_bounded
@@ -36,10 +36,12 @@ def main() -> None:
     scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
     databases = find_databases([Path(root) for root in params.index.roots])
     plan = plan_shards(scans, params.harmonise)
-    todo = [item for item in plan if (shards.read_metadata(SHARD_FOLDER / item["shard"]) or {}).get("recipe") != item["recipe"]]
+    store = open_store(params.resources)
+    SHARD_FOLDER.mkdir(exist_ok=True)  # DVC's output also where resources.shards is elsewhere; the samples table then tells by its hashes
+    todo = [item for item in plan if (store.metadata(item["shard"]) or {}).get("recipe") != item["recipe"]]
     log.info("%d scans in %d shards, %d to make", len(scans), len(plan), len(todo))
-    _make(todo, databases, params.harmonise, workers=params.resources.workers, address=params.resources.ray_address)
-    samples = [row for item in plan for row in collect(SHARD_FOLDER / item["shard"], item["shard"])]
+    _make(todo, store, databases, params.harmonise, workers=params.resources.workers, address=params.resources.ray_address)
+    samples = [row for item in plan for row in collect(store, item["shard"])]
     bad = [row for row in samples if row["status"] != "ok"]
     for row in bad:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
@@ -49,7 +51,7 @@ def main() -> None:
     if len(sides) > 1:
         raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
     write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
-    _delete_unnamed({item["shard"] for item in plan})
+    store.keep_only({item["shard"] for item in plan})
     log.info("%s: %d scans, %d quarantined", SAMPLES_TABLE, len(samples), len(bad))
 
 
@@ -68,7 +70,7 @@ def plan_shards(scans: list[dict], settings: Harmonise) -> list[dict]:
     return plan
 
 
-def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, *, workers: int, address: str | None) -> None:
+def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], settings: Harmonise, *, workers: int, address: str | None) -> None:
     """Make the unfinished shards, with a progress bar over their scans."""
     if not todo:
         return
@@ -76,7 +78,7 @@ def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, *, 
         if row["database"] not in databases:
             raise InputError(f"database {row['database']} of {SCANS_TABLE} is below no root of params.yaml; run `python -m pipelines.index` again")
     roots = {name: str(root.resolve()) for name, root in databases.items()}
-    items = [(str(SHARD_FOLDER.resolve()), item, {r["database"]: roots[r["database"]] for r in item["scans"]}, settings) for item in todo]
+    items = [(store, item, {r["database"]: roots[r["database"]] for r in item["scans"]}, settings) for item in todo]
     columns = (TextColumn("harmonise"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} quarantined"), TimeRemainingColumn())
     failed = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -92,7 +94,7 @@ def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, *, 
         raise InputError(f"{len(failed)} shards could not be made, e.g. {failed[0]}; run the stage again, finished shards are kept")
 
 
-def make_shard(folder: str, item: dict, roots: dict[str, str], settings: Harmonise) -> int:
+def make_shard(store: ShardStore, item: dict, roots: dict[str, str], settings: Harmonise) -> int:
     """One Ray task: read, conform and write the scans of one shard. Returns how many are quarantined."""
     rows, samples = [], []
     for scan in item["scans"]:
@@ -106,7 +108,7 @@ def make_shard(folder: str, item: dict, roots: dict[str, str], settings: Harmoni
             reason = f"{roots[scan['database']]}/{scan['t1w_path']}: {type(error).__name__} ({' '.join(str(error).split())})"
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": reason})
     metadata = {"recipe": item["recipe"], "samples": samples}
-    shards.write_shard(Path(folder) / item["shard"], rows, side=_side(samples, settings), metadata=metadata)
+    store.write(item["shard"], rows, side=_side(samples, settings), metadata=metadata)
     return len(samples) - len(rows)
 
 
@@ -173,22 +175,13 @@ def _side(samples: list[dict], settings: Harmonise) -> int:
     return sides.pop() if sides else 0
 
 
-def collect(path: Path, shard: str) -> list[dict]:
+def collect(store: ShardStore, shard: str) -> list[dict]:
     """The samples rows of a finished shard, with its hash."""
-    metadata = shards.read_metadata(path)
+    metadata = store.metadata(shard)
     if metadata is None:
-        raise InputError(f"{path}: no complete shard; run `python -m pipelines.harmonise` again")
-    digest = sha256(path)
+        raise InputError(f"{store.where(shard)}: no complete shard; run `python -m pipelines.harmonise` again")
+    digest = store.sha256(shard)
     return [row | ({"shard_sha256": digest} if row["status"] == "ok" else {}) for row in metadata["samples"]]
-
-
-def _delete_unnamed(named: set[str]) -> None:
-    """Remove shards that the manifest does not name, and folders left empty."""
-    for path in sorted(SHARD_FOLDER.rglob("*"), reverse=True):
-        if path.is_file() and str(path.relative_to(SHARD_FOLDER)) not in named:
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 if __name__ == "__main__":
