@@ -53,7 +53,7 @@ class FolderStore:
     def keep_only(self, shards: Collection[str]) -> None:
         """Remove other shards, and folders left empty."""
         for path in self.root.glob(SITE_FOLDERS):
-            if path.is_file() and str(path.relative_to(self.root)) not in shards:
+            if not path.is_dir() and str(path.relative_to(self.root)) not in shards:
                 path.unlink()
         for depth in ("grid=*/site=*", "grid=*"):
             for folder in self.root.glob(depth):
