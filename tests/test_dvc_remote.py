@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from loopback_s3 import BUCKET, s3_server
-from small_heads import CHECKOUT
+from small_heads import CHECKOUT, add_subject
 
+from data_registry.schema import read_table
 from data_registry.shards import read_row
+from pipelines.project import data_project
 
 pytestmark = pytest.mark.full
 SECTION = re.search(r"^## For labs.*?(?=^## )", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[0]
@@ -143,6 +146,27 @@ def test_one_site_only(lab):
     assert not (mine / UM).exists()
     bash("dvc pull", mine)
     assert md5(mine / UM) == md5(root / "project" / UM) and "up to date" in bash("dvc status", mine)
+
+
+def test_shards_in_a_bucket_under_dvc(lab, tmp_path):
+    """The project's own stages: DVC follows an empty folder and the samples' table, which names each shard by its hash."""
+    _, bash, _ = lab
+    for number, name in enumerate(("alpha", "beta", "gamma")):
+        for subject in range(2):
+            add_subject(tmp_path / "data" / name, f"{subject:02d}", seed=10 * number + subject)
+    project = data_project(tmp_path / "data", tmp_path / "project")
+    settings = yaml.safe_load((project / "params.yaml").read_text())
+    settings |= {"harmonise": {"grid": "16mm"}, "split": {"folds": 3}, "resources": {"shards": "s3://lab/own/shards"}}
+    (project / "params.yaml").write_text(yaml.safe_dump(settings))
+    assert [line for line in bash("dvc repro split", project).splitlines() if line.startswith("Running")] == [
+        f"Running stage '{stage}':" for stage in ("index", "harmonise", "split")
+    ]  # fmt: skip
+    assert list((project / "shards").iterdir()) == []
+    assert "'harmonise' didn't change" in bash("dvc repro split", project)
+    add_subject(tmp_path / "data/beta", "77", seed=77)
+    assert "Running stage 'split'" in bash("dvc repro split", project)
+    rows = read_table(project / "tables/samples.parquet", "samples").to_pylist()
+    assert len(rows) == 7 and all(row["shard_sha256"] for row in rows)
 
 
 def test_linked_shards_are_read_only(lab):
