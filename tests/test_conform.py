@@ -8,7 +8,7 @@ import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_registry import conform
+from data_registry import conform, resample
 from data_registry.errors import InputError
 from data_registry.volume import Volume, VolumeError
 
@@ -98,12 +98,12 @@ def test_agrees_with_an_independent_resampler(voxel_mm):
     affine = oriented((2, 0, 1), (1, -1, -1), shape=shape, voxel_mm=voxel_mm, tilt_degrees=7)
     data = np.random.default_rng(0).random(shape).astype(np.float32) * 255
     placement = conform.place_grid(Volume(data, affine), "0.9mm")
-    ours = conform.resample_linear(data, np.linalg.inv(affine) @ placement.affine, placement.shape)
+    ours = resample.resample_linear(data, np.linalg.inv(affine) @ placement.affine, placement.shape)
     theirs = simple_itk(data, affine, placement, sitk.sitkLinear)
     assert np.abs(ours - theirs).max() < 0.5
     assert ours.std() > 10
     ids = (data / 16).astype(np.uint16)
-    nearest = conform.resample_nearest(ids, np.linalg.inv(affine) @ placement.affine, placement.shape)
+    nearest = resample.resample_nearest(ids, np.linalg.inv(affine) @ placement.affine, placement.shape)
     assert (nearest != simple_itk(ids, affine, placement, sitk.sitkNearestNeighbor)).mean() < 2e-3  # ties between two voxels
 
 
@@ -112,7 +112,7 @@ def test_coarser_grid_averages_instead_of_aliasing():
     index = np.indices((64, 64, 64)).sum(axis=0) % 2
     affine = oriented((0, 2, 1), (-1, -1, 1), shape=index.shape)
     placement = conform.place_grid(Volume(index, affine), "4mm")
-    out = conform.resample_linear((index * 200).astype(np.float32), np.linalg.inv(affine) @ placement.affine, placement.shape)
+    out = resample.resample_linear((index * 200).astype(np.float32), np.linalg.inv(affine) @ placement.affine, placement.shape)
     inside = out[26:38, 26:38, 26:38]
     assert np.allclose(inside, 100, atol=1)
 
@@ -123,7 +123,7 @@ def test_a_linear_ramp_stays_a_ramp():
     ramp = np.broadcast_to(np.arange(30.0, dtype=np.float32)[:, None, None], shape)
     placement = conform.place_grid(Volume(ramp, affine), "1mm")
     to_native = np.linalg.inv(affine) @ placement.affine
-    out = conform.resample_linear(ramp, to_native, placement.shape)
+    out = resample.resample_linear(ramp, to_native, placement.shape)
     where = to_native[0, 0] * np.arange(256) + to_native[0, 3]
     inside = (where > 0) & (where < 29)
     assert np.allclose(out[inside, 128, 128], where[inside], atol=1e-4)
@@ -169,10 +169,10 @@ def test_labels_that_do_not_belong_to_the_scan_are_refused():
 
 def test_majority_by_hand():
     block = np.array([[[2, 2], [2, 7]], [[7, 7], [7, 5]]], dtype=np.uint16)  # 7 four times, 2 three times
-    assert conform.majority(block, 2).tolist() == [[[7]]]
+    assert resample.majority(block, 2).tolist() == [[[7]]]
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 5, (8, 8, 8)).astype(np.uint16)
-    ours = conform.majority(labels, 4)
+    ours = resample.majority(labels, 4)
     for d, h, w in itertools.product(range(2), repeat=3):
         counts = np.bincount(labels[4 * d : 4 * d + 4, 4 * h : 4 * h + 4, 4 * w : 4 * w + 4].ravel())
         assert ours[d, h, w] == counts.argmax()
