@@ -11,6 +11,7 @@ columns alone. The file also carries its recipe (everything its bytes depend on)
 be rebuilt from shards alone.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.resample import bounding_box
 
 FACTORS = (1, 2, 4)
 BLOCK_FACTORS = (2, 4)
@@ -64,21 +66,31 @@ def pooled(data: np.ndarray, factor: int) -> np.ndarray:
     >>> pooled(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 2).tolist()
     [[[7]]]
     """
-    if factor == 1:
-        return data
-    d, h, w = (n // factor for n in data.shape)
-    return data.reshape(d, factor, h, factor, w, factor).max(axis=(1, 3, 5))
+    return _blockwise(np.maximum, data, factor)
 
 
 def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
-    """Voxels of each class in blocks of ``factor``³: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
+    """Voxels of each class in blocks of ``factor``³, at most 6: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
 
     >>> block_counts(np.array([[[0, 1], [1, 1]], [[1, 1], [2, 1]]], dtype=np.uint8), 2, 3).ravel().tolist()
     [1, 6, 1]
     """
-    d, h, w = (n // factor for n in classes.shape)
-    blocks = classes.reshape(d, factor, h, factor, w, factor)
-    return np.stack([(blocks == index).sum(axis=(1, 3, 5), dtype=np.uint8) for index in range(number)])
+    counts = np.zeros((number, *(n // factor for n in classes.shape)), dtype=np.uint8)
+    box = bounding_box(classes, step=factor)                                 # all else is background: three quarters of a head
+    part, within = classes[box], (slice(None), *(slice(s.start // factor, s.stop // factor) for s in box))
+    for index in range(1, number):
+        counts[index][within[1:]] = _blockwise(np.add, (part == index).view(np.uint8), factor)
+    counts[0] = factor**3
+    counts[0][within[1:]] -= counts[1:][within].sum(0, dtype=np.uint8)
+    return counts
+
+
+def _blockwise(combine: np.ufunc, data: np.ndarray, factor: int) -> np.ndarray:
+    """(D, H, W) → (D/f, H/f, W/f), an axis at a time: whole slices first, the short strides along W on the quarter that is left."""
+    for axis in range(3) if factor > 1 else ():
+        parts = data.reshape(*data.shape[:axis], -1, factor, *data.shape[axis + 1 :])
+        data = functools.reduce(combine, np.moveaxis(parts, axis + 1, 0))
+    return data
 
 
 def write_shard(path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | str]], *, side: int, metadata: dict) -> None:

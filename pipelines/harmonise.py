@@ -142,7 +142,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
         classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
-        voxels = np.bincount(classes.ravel(), minlength=table.classes)
+        voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
     histogram = np.bincount(t1w.ravel(), minlength=256)
     levels = np.arange(256)
