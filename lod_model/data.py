@@ -18,7 +18,7 @@ from data_registry.errors import InputError
 from data_registry.params import Resources
 from data_registry.schema import read_table
 from data_registry.shard_store import ShardStore, open_store
-from data_registry.shards import block_counts, pooled
+from data_registry.shards import block_counts, classes_of, pooled
 from lod_model.augment import augment, sample_seed
 
 COARSE_FACTOR = 4
@@ -50,7 +50,7 @@ class Scan:
         """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
         source = next(source for source in protocol.sources if source in self.label_sources)
         ids = self._read(f"{source}_x1")[f"{source}_x1"]
-        return protocol.classes_of(ids, where=f"{self.store.where(self.shard)}, {self.scan_id}")
+        return classes_of(ids, protocol, where=f"{self.store.where(self.shard)}, {self.scan_id}")
 
     def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
         """(C, D/f, H/f, W/f) float32: the share of each class in each block."""

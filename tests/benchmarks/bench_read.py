@@ -83,7 +83,8 @@ def volumes(data: Path, number: int) -> list[Volumes]:
         classes = table.classes_of(ids)
         pooled = {f"t1w_x{factor}": shards.pooled(conformed.data, factor) for factor in shards.FACTORS}
         counts = {f"lod7_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
-        made.append(pooled | counts | {"aparc_aseg_x1": ids.astype(np.uint16), "classes": classes})
+        arrays = pooled | counts | {"aparc_aseg_x1": ids.astype(np.uint16), "classes": classes}
+        made.append({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     if not made:
         sys.exit(f"error: {data}: no scan with FreeSurfer labels below bids/; --data wants a folder that has some")
     return [made[index % len(made)] for index in range(number)]
@@ -99,14 +100,14 @@ def write_shard(folder: Path, scans: list[Volumes]) -> None:
 def open_shard(*columns: str) -> Callable[[Path], Reader]:
     def opened(folder: Path) -> Reader:
         from data_registry import protocol
-        from data_registry.shards import read_row
+        from data_registry.shards import classes_of, read_row
 
         table, mapped = protocol.load("lod7"), columns[-1] == "classes"
         stored = [*columns[:-1], "aparc_aseg_x1"] if mapped else list(columns)
 
         def read(index: int) -> tuple[np.ndarray, np.ndarray]:
             t1w, labels = read_row(folder / "part-000.parquet", index, stored).values()
-            return t1w, table.classes_of(labels) if mapped else labels
+            return t1w, classes_of(labels, table) if mapped else labels
 
         return read
 
@@ -125,13 +126,14 @@ def open_nifti(folder: Path) -> Reader:
     import nibabel
 
     from data_registry import protocol
+    from data_registry.shards import classes_of
 
     table = protocol.load("lod7")
 
     def volume(name: str) -> np.ndarray:
         return np.asanyarray(nibabel.load(folder / f"{name}.nii.gz").dataobj)
 
-    return lambda index: (volume(f"{index}_t1w_x1"), table.classes_of(volume(f"{index}_aparc_aseg_x1")))
+    return lambda index: (volume(f"{index}_t1w_x1"), classes_of(volume(f"{index}_aparc_aseg_x1"), table))
 
 
 def write_monai(folder: Path, scans: list[Volumes]) -> None:
