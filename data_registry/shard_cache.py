@@ -11,6 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -30,7 +31,7 @@ class ShardCache:
     folder: Path
     max_bytes: int
 
-    def copy(self, sha256: str, opened: Callable[[], BinaryIO], *, where: str) -> Path:
+    def copy(self, sha256: str, opened: Callable[[], AbstractContextManager[BinaryIO]], *, where: str) -> Path:
         """The copy whose bytes have this hash, downloaded from ``opened()`` if it is not there.
 
         Other bytes than that are asked for once more; then a :class:`ShardError` says what is wrong with ``where``.
@@ -54,7 +55,7 @@ class ShardCache:
     def _copy(self, sha256: str) -> Path:
         return self.folder / f"{sha256}.parquet"
 
-    def _download(self, opened: Callable[[], BinaryIO], aside: BinaryIO, where: str) -> str:
+    def _download(self, opened: Callable[[], AbstractContextManager[BinaryIO]], aside: BinaryIO, where: str) -> str:
         """Fill ``aside``; the hash of what came."""
         digest = hashlib.sha256()
         with opened() as source:

@@ -63,7 +63,8 @@ class FolderStore:
 
 @dataclass(frozen=True)
 class RemoteStore:
-    """Shards below an fsspec URL, e.g. ``s3://bucket/shards``. Beside each stands its hash, written last: without it a shard is none."""
+    """Shards below an fsspec URL, e.g. ``s3://bucket/shards``. Beside each stands its hash, written last: without it ``harmonise``
+    takes a shard for unfinished. Readers know it from the samples table."""
 
     url: str
     cache: ShardCache
@@ -138,7 +139,8 @@ class RemoteStore:
             raise MissingShard(f"{self.where(shard)}: no such shard, or no such bucket; run `python -m pipelines.harmonise` again") from None
         except Exception as error:  # every kind of store has its own
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"resources.shards: {self.where(shard)}: {reason}; a store that can be reached is wanted") from None
+            wanted = "a store that can be reached, and room for its copies, are wanted"
+            raise InputError(f"resources.shards: {self.where(shard)}: {reason}; {wanted}") from None
 
 
 ShardStore = FolderStore | RemoteStore
