@@ -8,10 +8,11 @@ Choices, each stated once:
 
 - The grid's centre is the centre of the scan's field of view; where the voxel sizes agree it is moved by less than half a voxel so
   that no voxel is interpolated. What lies outside the scan is 0; what lies outside the grid is cut, and a warning says how much.
-- Images: linear interpolation, widened to the voxel ratio where the grid is coarser (an area-weighted mean, no aliasing).
+- Images: linear (default) or cubic interpolation, widened to the voxel ratio where the grid is coarser (a weighted mean, no aliasing).
 - Labels: nearest neighbour, or (default) the majority among the labels inside a coarser voxel, counted in source ids.
 - Intensity: the 0.1 % and 99.9 % points of the intensities map to 0 and 255 (FastSurfer's robust maximum, with a lower end
-  that also serves scans with an offset); a scan that is uint8 on the grid already passes unchanged.
+  that also serves scans with an offset); a scan that is uint8 on the grid already passes unchanged. Or a window that
+  :mod:`data_registry.intensity` has found.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from scipy import sparse
 from data_registry.errors import InputError
 from data_registry.volume import Volume, VolumeError, axes_to_lia
 
+Interpolation = Literal["linear", "cubic"]
 SAME_SIZE = 1e-3  # voxel sizes whose ratio is this near to 1 count as equal: a quarter of a voxel over 256
 SIDE_MULTIPLE = 16  # every side can be halved four times, so that all levels of detail exist
 FIELD_OF_VIEW_MM = 256.0
@@ -118,8 +120,10 @@ def place_grid(volume: Volume, grid: str) -> Placement:
     return Placement(volume.affine @ to_native, (side,) * 3, volume.affine, tuple(volume.data.shape))
 
 
-def conform(volume: Volume, *, grid: str) -> Conformed:
-    """Bring a T1w to the named grid as uint8.
+def conform(
+    volume: Volume, *, grid: str, window: tuple[float, float] | None = None, interpolation: Interpolation = "linear"
+) -> Conformed:
+    """Bring a T1w to the named grid as uint8; ``window``: the intensities that become 0 and 255, by default :func:`robust_range`.
 
     Raises :class:`VolumeError` for a scan without contrast.
     """
@@ -127,18 +131,20 @@ def conform(volume: Volume, *, grid: str) -> Conformed:
     warnings = volume.warnings + _cut_warning(placement)
     to_native = np.linalg.inv(placement.native_affine) @ placement.affine
     on_grid = tuple(volume.data.shape) == placement.shape and np.allclose(to_native, np.eye(4), atol=NIFTI_EDGE)
-    if on_grid and volume.stored_dtype == "uint8":
+    if on_grid and volume.stored_dtype == "uint8" and window is None:
         data = volume.data.astype(np.uint8)
         if data.min() == data.max():
             raise VolumeError(f"{volume.path}: no contrast, every voxel is {data.flat[0]}; a T1w image is wanted")
         return Conformed(data, placement, warnings)
-    low, high = _robust_range(volume)
+    low, high = window or robust_range(volume)
     scaled = np.clip((volume.data - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
-    resampled = resample_linear(scaled, to_native, placement.shape)
+    resampled = resample(scaled, to_native, placement.shape, interpolation=interpolation)
+    if interpolation == "cubic":  # it overshoots
+        resampled = np.clip(resampled, 0, 255)
     return Conformed(np.rint(resampled).astype(np.uint8), placement, warnings)
 
 
-def _robust_range(volume: Volume) -> tuple[float, float]:
+def robust_range(volume: Volume) -> tuple[float, float]:
     """The intensities that become 0 and 255: the 0.1 % point of all voxels, the 99.9 % point of those above it."""
     values = volume.data.reshape(-1)
     low = float(np.quantile(values, 0.001, method="lower"))
@@ -210,7 +216,7 @@ def probabilities_to_native(probabilities: np.ndarray, placement: Placement) -> 
     winner = np.zeros(placement.native_shape, dtype=np.uint8)
     best = None
     for index, one in enumerate(probabilities):
-        native = resample_linear(np.asarray(one, dtype=np.float32), to_grid, placement.native_shape)
+        native = resample(np.asarray(one, dtype=np.float32), to_grid, placement.native_shape)
         if best is None:
             best = native.copy()  # on the same grid it is a view of the argument
             continue
@@ -220,7 +226,7 @@ def probabilities_to_native(probabilities: np.ndarray, placement: Placement) -> 
     return winner
 
 
-def resample_linear(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def resample(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...], *, interpolation: Interpolation = "linear") -> np.ndarray:
     """Resample along permuted, flipped, scaled axes; float32, 0 outside.
 
     ``to_input`` (4, 4) maps output voxels to input voxels and must have one non-zero entry a row (no rotation).
@@ -228,7 +234,7 @@ def resample_linear(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ..
     axes, positions = _separate(to_input, shape)
     out = data.transpose(axes)
     for axis in range(3):
-        matrix = _axis_matrix(positions[axis], out.shape[axis])
+        matrix = _axis_matrix(positions[axis], out.shape[axis], interpolation)
         if matrix is not None:
             rest = np.ascontiguousarray(np.moveaxis(out, axis, 0))
             out = np.moveaxis((matrix @ rest.reshape(rest.shape[0], -1)).reshape(-1, *rest.shape[1:]), 0, axis)
@@ -268,28 +274,40 @@ def _separate(to_input: np.ndarray, shape: tuple[int, ...]) -> tuple[list[int], 
     return axes, [np.where(np.abs(p - np.rint(p)) < NIFTI_EDGE, np.rint(p), p) for p in positions]
 
 
-def _axis_matrix(positions: np.ndarray, length: int) -> sparse.csr_array | None:
+def _axis_matrix(positions: np.ndarray, length: int, interpolation: Interpolation) -> sparse.csr_array | None:
     """(len(positions), length) interpolation weights along one axis; None if it would change nothing.
 
-    A triangle of half-width max(1, spacing) voxels: plain linear interpolation where the output is finer, a weighted mean where it is
-    coarser. Positions within half a voxel of the array (half a spacing for coarser grids) count as inside, others give 0.
+    linear: a triangle of half-width max(1, spacing) voxels: plain linear interpolation where the output is finer, a weighted mean where it is
+    coarser. cubic: Keys's kernel (a = −½), widened likewise. Positions within half a voxel of the array (half a spacing for coarser grids) count
+    as inside, others give 0.
     """
     if len(positions) == length and np.array_equal(positions, np.arange(length)):
         return None
     spacing = abs(positions[1] - positions[0]) if len(positions) > 1 else 1.0
     width = max(1.0, spacing)
-    reach = int(np.ceil(width))
+    reach = int(np.ceil(width if interpolation == "linear" else 2 * width))
     nearest = np.floor(positions).astype(int)
     columns = nearest[:, None] + np.arange(1 - reach, reach + 1)
-    weights = np.clip(1 - np.abs(columns - positions[:, None]) / width, 0, None)
+    distance = np.abs(columns - positions[:, None]) / width
+    weights = np.clip(1 - distance, 0, None) if interpolation == "linear" else _keys(distance)
     weights[(columns < 0) | (columns >= length)] = 0
     total = weights.sum(axis=1, keepdims=True)
     edge = max(0.5, spacing / 2)
     inside = (positions > -edge - NIFTI_EDGE) & (positions < length - 1 + edge + NIFTI_EDGE)
     weights = np.where(inside[:, None] & (total > 0), weights / np.where(total > 0, total, 1), 0).astype(np.float32)
     rows = np.repeat(np.arange(len(positions)), columns.shape[1])
-    keep = weights.reshape(-1) > 0
+    keep = weights.reshape(-1) != 0
     return sparse.csr_array((weights.reshape(-1)[keep], (rows[keep], columns.reshape(-1)[keep])), shape=(len(positions), length))
+
+
+def _keys(distance: np.ndarray) -> np.ndarray:
+    """Keys's cubic convolution (IEEE TASSP 29:1153, 1981), exact for second-order polynomials.
+
+    >>> _keys(np.array([0, 0.5, 1, 1.5, 2, 3])).tolist()
+    [1.0, 0.5625, 0.0, -0.0625, 0.0, 0.0]
+    """
+    near, far = (1.5 * distance - 2.5) * distance**2 + 1, ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    return np.where(distance <= 1, near, np.where(distance < 2, far, 0))
 
 
 def _check_cover(labels: Volume, placement: Placement) -> None:
