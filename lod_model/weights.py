@@ -6,7 +6,6 @@ no code that it carries:
     {format: 1, network: {name, config}, protocol, grid, preparation: {...}, state: {name: tensor}, provenance: {...}}
 
 A safetensors file has the same in its metadata, config, preparation and provenance as JSON (:mod:`lod_model.export` writes it).
-
 ``protocol`` says what the classes mean, ``grid`` on which voxels the network was trained, ``preparation`` what their intensities had gone
 through (:class:`data_registry.intensity.Preparation`; the defaults where a file says nothing). The state that a run resumes
 from (optimiser, epoch, random state) is another file and not read here.
@@ -88,9 +87,8 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 
 
 def save(
-    path: str | Path, network: nn.Module, *, name: str, protocol: str, grid: str, provenance: dict[str, Any],
-    preparation: Preparation = ROBUST,
-) -> Path:  # fmt: skip
+    path: str | Path, network: nn.Module, *, name: str, protocol: str, grid: str, provenance: dict[str, Any], preparation: Preparation = ROBUST
+) -> Path:
     """Write the checkpoint at ``path``, whole or not at all. ``provenance`` holds plain values, lists and dicts only."""
     path = Path(path)
     if name not in networks.NETWORKS:
@@ -201,7 +199,7 @@ def _built(content: object, path: Path) -> tuple[nn.Module, dict[str, Any]]:
         raise WeightsError(f"{path}: {_first_line(error)}") from None
     _fill(built, state, path)
     try:
-        preparation = Preparation(**content.get("preparation", {}))
+        preparation = Preparation(**content.get("preparation", {}))   # files from before there was a choice have none
     except (TypeError, InputError) as error:
         raise WeightsError(f"{path}: preparation: {_first_line(error)}") from None
     meta = {"name": network["name"], "preparation": preparation, **{key: content[key] for key in ("protocol", "grid", "provenance")}}
