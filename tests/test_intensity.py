@@ -1,5 +1,6 @@
 """Intensity from one scan alone: robust as ever, a known bias field taken off, the white matter at its grey level, one line where there is none."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from data_registry.shards import read_metadata
 from data_registry.volume import Volume, VolumeError, load_image, load_labels, save_volume
 from lod_model import weights
 from lod_model.networks.lod_brain import LODBrainConfig
-from lod_model.segment import classes_of
+from lod_model.segment import classes_of, segment
 from pipelines.harmonise import make_shard, plan_shards
 
 AFFINE = np.array([[0, 0, -3.0, 80], [3.2, 0, 0, -90], [0, 3.4, 0, -70], [0, 0, 0, 1]])   # axes anterior, superior, left
@@ -222,15 +223,19 @@ SCALE = tuple(range(20, 240, 20))
 
 @pytest.mark.parametrize("preparation", [ROBUST, Preparation("n4", "cubic"), Preparation("whitestripe"), Preparation(scale=SCALE)])
 def test_the_network_sees_a_new_scan_as_its_weights_say(tmp_path, preparation):
-    """Through the checkpoint and back: what a network is fed is the prepared scan, z-scored."""
+    """Through the checkpoint and back, one scan and the batch: what a network is fed is the prepared scan, z-scored."""
     path = tmp_path / "w.pt"
     about = {"name": "lod_brain", "protocol": "lod7", "grid": "8mm", "provenance": {}}
     weights.save(path, made(LODBrainConfig(widths=(2, 2, 4))), **about, preparation=preparation)
     found, fed = weights.load(path), []
     assert found.preparation == preparation
     found.network.register_forward_pre_hook(lambda _module, inputs: fed.append(inputs[0].clone()))
-    scan = Volume(head().data * bias((60, 54, 56)), AFFINE)
+    save_volume(tmp_path / "sub-01_T1w.nii.gz", head().data * bias((60, 54, 56)), AFFINE)
+    scan = load_image(tmp_path / "sub-01_T1w.nii.gz")
     classes_of(scan, weights=found)
+    (outcome,) = segment([scan.path], out=tmp_path / "out", weights=found, engine="plain")
+    said = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
+    assert outcome.dseg and torch.equal(fed[0], fed[1].cpu()) and Preparation(**said["preparation"]) == preparation
     data = prepare(scan, grid="8mm", preparation=preparation).data
     mean, deviation = moments(np.bincount(data.ravel(), minlength=256))
     assert torch.equal(fed[0][0, 0], torch.from_numpy(data).float().sub(mean).div(deviation))
