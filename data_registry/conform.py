@@ -120,9 +120,7 @@ def place_grid(volume: Volume, grid: str) -> Placement:
     return Placement(volume.affine @ to_native, (side,) * 3, volume.affine, tuple(volume.data.shape))
 
 
-def conform(
-    volume: Volume, *, grid: str, window: tuple[float, float] | None = None, interpolation: Interpolation = "linear"
-) -> Conformed:
+def conform(volume: Volume, *, grid: str, window: tuple[float, float] | None = None, interpolation: Interpolation = "linear") -> Conformed:
     """Bring a T1w to the named grid as uint8; ``window``: the intensities that become 0 and 255, by default :func:`robust_range`.
 
     Raises :class:`VolumeError` for a scan without contrast.

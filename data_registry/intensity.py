@@ -98,11 +98,15 @@ def without_bias(volume: Volume) -> Volume:
     image.SetSpacing([float(edge) for edge in volume.voxel_mm[::-1]])
     sizes = zip(volume.voxel_mm[::-1], volume.data.shape[::-1], strict=True)
     small = sitk.BinShrink(image, [max(1, min(round(N4_VOXEL_MM / edge), length // 4)) for edge, length in sizes])
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetNumberOfThreads(1)
-    n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
-    n4.Execute(small, sitk.OtsuThreshold(small, 0, 1, 200))
-    field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image))
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)   # N4's own setting does not reach the filters inside it, which add up by thread
+    try:
+        n4 = sitk.N4BiasFieldCorrectionImageFilter()
+        n4.SetMaximumNumberOfIterations(N4_ITERATIONS)
+        n4.Execute(small, sitk.OtsuThreshold(small, 0, 1, 200))
+        field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(image))
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     if not np.isfinite(field).all():
         raise VolumeError(f"{volume.path}: N4's bias field is not finite; a T1w of a whole head is wanted for n4")
     return replace(volume, data=data / np.exp(field, dtype=np.float32), stored_dtype="float32")

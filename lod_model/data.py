@@ -73,7 +73,6 @@ class Scan:
             raise InputError(f"{self.shard}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
-
     def _read(self, column: str) -> dict[str, np.ndarray]:
         return read_row(self.shard, self.row_group, [column], scan_id=self.scan_id)
 
