@@ -6,8 +6,10 @@ subject rewrites one shard. A scan that fails is quarantined with its reason; th
 that it does not name are deleted.
 """
 
+import json
 import logging
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
+from data_registry.intensity import ROBUST, Preparation, moments, prepare
 from data_registry.params import Harmonise, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import ShardStore, open_store
@@ -50,7 +53,9 @@ def main() -> None:
     sides = sorted({row["shape"][0] for row in samples if row["status"] == "ok"})
     if len(sides) > 1:
         raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
-    write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
+    preparation = _preparation(params.harmonise)
+    note = {} if preparation == ROBUST else {"preparation": json.dumps(asdict(preparation))}  # who trains reads what the shards are
+    write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]), metadata=note)
     store.keep_only({item["shard"] for item in plan})
     log.info("%s: %d scans, %d quarantined", SAMPLES_TABLE, len(samples), len(bad))
 
@@ -118,7 +123,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     Raises :class:`InputError` for whatever keeps the scan out.
     """
     volume = load_image(root / scan["t1w_path"])
-    conformed = conform.conform(volume, grid=settings.grid)
+    conformed = prepare(volume, grid=settings.grid, preparation=_preparation(settings))
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
     warnings = list(conformed.warnings)
@@ -145,8 +150,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
     histogram = np.bincount(t1w.ravel(), minlength=256)
-    levels = np.arange(256)
-    mean = float((histogram * levels).sum() / t1w.size)  # exact: integers until the division
+    mean, deviation = moments(histogram)
     sample = _identity(scan, settings) | {
         "warnings": warnings,
         "label_sources": [label["source"] for label in scan["labels"] if f"{label['source']}_x1" in arrays],
@@ -156,11 +160,15 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "native_shape": list(placement.native_shape),
         "native_affine": placement.native_affine.ravel().tolist(),
         "mean": mean,
-        "deviation": float(np.sqrt((histogram * (levels - mean) ** 2).sum() / t1w.size)),
+        "deviation": deviation,
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
     }
     return arrays, sample
+
+
+def _preparation(settings: Harmonise) -> Preparation:
+    return Preparation(settings.intensity, settings.interpolation)
 
 
 def _identity(scan: dict, settings: Harmonise) -> dict:
