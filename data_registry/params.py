@@ -55,7 +55,7 @@ class Harmonise(Section):
     labels: Literal["majority", "nearest"] = "majority"
     """How label maps reach a coarser grid."""
     block_protocols: tuple[str, ...] = ("lod7",)
-    """Protocols whose class counts are stored for each block, for the coarse stage."""
+    """Protocols whose classes are stored beside the source ids, and their counts for each block, for the coarse stage."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")

@@ -4,7 +4,8 @@ A shard holds scans of one site only, so that withdrawing or holding out a site 
 
 - ``t1w_x1, t1w_x2, t1w_x4``: uint8 T1w, (D, H, W) LIA, and max-pooled by 2 and 4 (LOD-Brain's own pooling);
 - ``<source>_x1``: uint16 source label ids, (D, H, W), null where the scan has none;
-- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for protocols that ask for it.
+- ``<protocol>_classes_x1``: uint8 classes, (D, H, W), for protocols that ask for it: half of the bytes, and nothing to look up on read;
+- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for the same protocols.
 
 Arrays are C-order bytes; their shapes follow from the file's ``side`` and the column's factor. Who trains the coarse level reads its
 columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
@@ -177,7 +178,7 @@ def _array(cell: pa.LargeBinaryArray, name: str, side: int) -> np.ndarray:
     shape = (side // int(factor),) * 3
     if stem != "t1w" and int(factor) > 1:
         shape = (protocols.load(stem).classes, *shape)
-    kind = np.uint16 if stem != "t1w" and int(factor) == 1 else np.uint8
+    kind = np.uint8 if stem == "t1w" or stem.endswith("_classes") or int(factor) > 1 else np.uint16
     _, offsets, content = cell.buffers()
     first, end = np.frombuffer(offsets, np.int64)[cell.offset : cell.offset + 2]
     return np.frombuffer(content[first:end], dtype=kind).reshape(shape)

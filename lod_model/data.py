@@ -63,7 +63,10 @@ class Scan:
         return replace(self, table=table, mean=mean, deviation=deviation)
 
     def classes(self, protocol: protocols.Protocol) -> np.ndarray:
-        """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
+        """(D, H, W) uint8 classes of the protocol: as stored, or from the first of its sources that the scan has."""
+        name = f"{protocol.name}_classes_x1"
+        if stored := self._read(name):
+            return stored[name]
         source = next(source for source in protocol.sources if source in self.label_sources)
         ids = self._read(f"{source}_x1")[f"{source}_x1"]
         return classes_of(ids, protocol, where=f"{self.store.where(self.shard)}, {self.scan_id}")

@@ -29,7 +29,7 @@ from pipelines.parallel import run_bounded
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -146,6 +146,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
             continue
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
         classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
+        arrays[f"{name}_classes_x1"] = classes
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
