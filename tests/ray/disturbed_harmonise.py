@@ -11,20 +11,19 @@ undisturbed = harmonise.harmonise_scan
 
 
 def disturbed(scan, root, settings):
-    start = time.time()
+    trace("begin", scan)
     if scan["scan_id"] == POISON:
-        trace(scan, start)
         os._exit(1)
     time.sleep(0.5)
     result = undisturbed(scan, root, settings)
-    trace(scan, start)
+    trace("end", scan)
     return result
 
 
-def trace(scan, start):
-    """A line a scan: which, on which node (the worker's parent is its raylet), from when to when."""
+def trace(what, scan):
+    """A line: what, of which scan, on which node (the worker's parent is its raylet)."""
     with open(TRACE, "a") as file:
-        file.write(f"{scan['scan_id']} {os.getppid()} {start} {time.time()}\n")
+        file.write(f"{what} {scan['scan_id']} {os.getppid()}\n")
 
 
 if __name__ == "__main__":

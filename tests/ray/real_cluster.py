@@ -42,14 +42,13 @@ class Cluster:
         """One more node: 2 CPUs."""
         self._ray(f"--address={self.address}", "--num-cpus=2", "--dashboard-agent-listen-port=0", address=address)
 
-    def kill_node(self, address: str) -> None:
-        """kill -9 of a node's raylet; its workers find out by themselves."""
-        for pid in descendants():
-            words = command(pid)
-            if words and words[0].endswith("/raylet") and f"--node_ip_address={address}" in words:
+    def kill_node(self, raylet: int) -> str:
+        """kill -9 of a raylet and then of all below it, as when the power goes. Returns the node's address."""
+        address = next(word for word in command(raylet) if word.startswith("--node_ip_address=")).partition("=")[2]
+        for pid in (raylet, *descendants(raylet)):
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-                return
-        raise AssertionError(f"no raylet at {address}")
+        return address
 
     def stop(self) -> None:
         """End all that came of the cluster."""
@@ -79,13 +78,13 @@ class Cluster:
             time.sleep(0.1)
 
 
-def descendants() -> list[int]:
-    """Ids of all processes below this one."""
+def descendants(of: int | None = None) -> list[int]:
+    """Ids of all processes below one, by default this one; parents first."""
     parents = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = [os.getpid()]
+    found = [of or os.getpid()]
     for pid in found:
         found += [child for child, parent in parents.items() if parent == pid]
     return found[1:]
