@@ -146,7 +146,7 @@ class Resources(Section):
 
     workers: Count = 2
     ray_address: str | None = None
-    """An existing Ray cluster, host:port; null joins a surrounding Ray job's, or starts one on this machine."""
+    """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
     task_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory that a task of harmonise declares to Ray, in 10⁹ bytes; null: as much as the grid's size asks for."""
     tries: Count = 3

@@ -13,7 +13,7 @@ from data_registry.errors import InputError
 Death = Literal["worker", "memory", "node"]
 """What ended a task: its process; its process, for want of memory; the machine it ran on."""
 IN_FLIGHT_PER_CPU = 2  # enough to keep every worker busy, few enough that results never pile up
-GRACE_S = 5.0  # a node that is stopped loses its workers first: this long a worker's death may turn out to be its node's
+GRACE_S = 20.0  # so long a worker's death may turn out to be its node's, whose end Ray notices by health checks within 15 s
 POLL_S = 1.0
 
 
@@ -44,7 +44,7 @@ def run_bounded(
     twice the memory, up to the largest node's, so that no neighbour's appetite kills it twice. A death counts as the worker's only if
     all nodes outlive it: a task may run more often than ``again`` is asked, and must write aside and rename.
 
-    ``address`` names an existing Ray cluster; None joins the one of a surrounding Ray job or starts ``workers`` CPUs on this machine.
+    The cluster is that of a surrounding Ray job (or of RAY_ADDRESS), else the one at ``address``, else ``workers`` CPUs of this machine.
     """
     import ray
 
@@ -112,7 +112,7 @@ class _cluster:
     """A Ray cluster for the length of the block; one that was there already is left running."""
 
     def __init__(self, ray, *, workers: int, address: str | None) -> None:
-        self.ray, self.workers, self.address = ray, workers, os.environ.get("RAY_ADDRESS") or address  # a job's own cluster comes first
+        self.ray, self.workers, self.address = ray, workers, os.environ.get("RAY_ADDRESS") or address
 
     def __enter__(self) -> None:
         self.owned = not self.ray.is_initialized()

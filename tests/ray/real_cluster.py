@@ -19,10 +19,11 @@ from pathlib import Path
 HEAD, NODES = "127.0.0.2", ("127.0.0.3", "127.0.0.4")
 NODE_MEMORY = 1_500_000_000  # bytes: one task of harmonise at a time, not two
 START_S = 60
+HEALTH_CHECKS = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4", "RAY_health_check_initial_delay_ms": "2000"}
 
 
 class Cluster:
-    """Head and nodes, from start to :meth:`stop`."""
+    """Head and nodes, from :meth:`start` to :meth:`stop`."""
 
     def __init__(self) -> None:
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
@@ -32,20 +33,27 @@ class Cluster:
         self.address, self.dashboard = f"{HEAD}:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
         own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # a job's `python` is the one on the head's path
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | own | {"PATH": path}
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | own | HEALTH_CHECKS | {"PATH": path}
+
+    def start(self) -> None:
+        """The head, then the nodes."""
         self._ray("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1", "--num-cpus=0",
-                  f"--temp-dir={self.folder.name}", address=HEAD)  # fmt: skip
+                  f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder.name}",
+                  address=HEAD)  # fmt: skip
         for node in NODES:
             self.start_node(node)
 
     def start_node(self, address: str) -> None:
         """One more node: 2 CPUs."""
-        self._ray(f"--address={self.address}", "--num-cpus=2", "--dashboard-agent-listen-port=0", address=address)
+        self._ray(f"--address={self.address}", "--num-cpus=2", f"--dashboard-agent-listen-port={free_port()}", address=address)
 
-    def kill_node(self, raylet: int) -> str:
-        """kill -9 of a raylet and then of all below it, as when the power goes. Returns the node's address."""
+    def kill_node(self, raylet: int, *, last: bool) -> str:
+        """kill -9 of a raylet and of all below it, the raylet first or, as a scheduler may, last. Returns the node's address."""
         address = next(word for word in command(raylet) if word.startswith("--node_ip_address=")).partition("=")[2]
-        for pid in (raylet, *descendants(raylet)):
+        children = descendants(raylet)
+        for pid in (*children, raylet) if last else (raylet, *children):
+            if last and pid == raylet:
+                time.sleep(0.5)  # in which it tells of its workers' deaths
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         return address
