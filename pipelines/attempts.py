@@ -44,7 +44,7 @@ class Attempts:
         if self.deaths[scan] < self.tries:
             return True
         if not scan:
-            self.why = f"its worker died {self.tries} times, at no scan"
+            self.why = f"its worker died in {self.tries} tries, at no scan"
             return False
         self.left_out[scan] = f"kills its worker ({self.tries} tries{', the last out of memory' if death == 'memory' else ''})"
         return True

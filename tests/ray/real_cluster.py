@@ -51,11 +51,11 @@ class Cluster:
         """kill -9 of a raylet and of all below it, the raylet first or, as a scheduler may, last. Returns the node's address."""
         address = next(word for word in command(raylet) if word.startswith("--node_ip_address=")).partition("=")[2]
         children = descendants(raylet)
-        for pid in (*children, raylet) if last else (raylet, *children):
-            if last and pid == raylet:
-                time.sleep(0.5)  # in which it tells of its workers' deaths
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        workers = [pid for pid in children if command(pid)[:1] and command(pid)[0].startswith("ray::") and "Agent" not in command(pid)[0]]
+        if last:
+            kill(*workers)
+            time.sleep(1)  # in which it tells of their deaths
+        kill(raylet, *children)
         return address
 
     def stop(self) -> None:
@@ -63,9 +63,7 @@ class Cluster:
         until = time.monotonic() + START_S
         while started := set(descendants()) - self.before:
             assert time.monotonic() < until, f"still there: {[command(pid) for pid in started]}"
-            for pid in started:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            kill(*started)
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
@@ -84,6 +82,13 @@ class Cluster:
         while "block forever" not in log.read_text():
             assert process.poll() is None and time.monotonic() < until, f"`ray start` did not come up:\n{log.read_text()[-3000:]}"
             time.sleep(0.1)
+
+
+def kill(*pids: int) -> None:
+    """kill -9, of those that have not gone."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(of: int | None = None) -> list[int]:
