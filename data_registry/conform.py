@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import sparse
 
 from data_registry.errors import InputError
+from data_registry.resample import NIFTI_EDGE, in_c_order, majority, resample_linear, resample_nearest
 from data_registry.volume import Volume, VolumeError, axes_to_lia
 
 SAME_SIZE = 1e-3  # voxel sizes whose ratio is this near to 1 count as equal: a quarter of a voxel over 256
@@ -28,7 +28,6 @@ SIDE_MULTIPLE = 16  # every side can be halved four times, so that all levels of
 FIELD_OF_VIEW_MM = 256.0
 MIN_LABELS_INSIDE = 0.95
 MAX_LABELS_ON_CUT_FACE = 0.001
-NIFTI_EDGE = 1e-3  # voxels; positions this near to a voxel's centre are on it
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def conform(volume: Volume, *, grid: str) -> Conformed:
     to_native = np.linalg.inv(placement.native_affine) @ placement.affine
     on_grid = tuple(volume.data.shape) == placement.shape and np.allclose(to_native, np.eye(4), atol=NIFTI_EDGE)
     if on_grid and volume.stored_dtype == "uint8":
-        data = volume.data.astype(np.uint8)
+        data = in_c_order(volume.data.astype(np.uint8))
         if data.min() == data.max():
             raise VolumeError(f"{volume.path}: no contrast, every voxel is {data.flat[0]}; a T1w image is wanted")
         return Conformed(data, placement, warnings)
@@ -173,28 +172,6 @@ def labels_to_grid(labels: Volume, placement: Placement, *, method: Literal["maj
     return majority(fine, parts)
 
 
-def majority(labels: np.ndarray, parts: int) -> np.ndarray:
-    """The commonest id in each block of ``parts``³ voxels; among equals the smallest.
-
-    >>> majority(np.array([[[5, 5], [7, 7]], [[7, 0], [0, 5]]], dtype=np.uint16), 2).tolist()
-    [[[5]]]
-    """
-    d, h, w = (n // parts for n in labels.shape)
-    blocks = labels.reshape(d, parts, h, parts, w, parts).transpose(0, 2, 4, 1, 3, 5).reshape(d * h * w, parts**3)
-    blocks = np.sort(blocks, axis=1)
-    best = blocks[:, 0].copy()
-    mixed = np.flatnonzero(blocks[:, 0] != blocks[:, -1])  # most blocks hold one id
-    runs = np.ascontiguousarray(blocks[mixed].T)
-    run, longest, winner = np.ones(len(mixed), np.int16), np.ones(len(mixed), np.int16), runs[0].copy()
-    for previous, current in zip(runs[:-1], runs[1:], strict=True):
-        run = np.where(current == previous, run + 1, 1)
-        longer = run > longest
-        longest = np.where(longer, run, longest)
-        winner = np.where(longer, current, winner)
-    best[mixed] = winner
-    return best.reshape(d, h, w)
-
-
 def labels_to_native(labels: np.ndarray, placement: Placement) -> np.ndarray:
     """Labels on the grid → the scan's own grid by nearest neighbour; exact where the grids differ by whole voxels."""
     return resample_nearest(labels, np.linalg.inv(placement.affine) @ placement.native_affine, placement.native_shape)
@@ -220,85 +197,14 @@ def probabilities_to_native(probabilities: np.ndarray, placement: Placement) -> 
     return winner
 
 
-def resample_linear(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Resample along permuted, flipped, scaled axes; float32, 0 outside.
-
-    ``to_input`` (4, 4) maps output voxels to input voxels and must have one non-zero entry a row (no rotation).
-    """
-    axes, positions = _separate(to_input, shape)
-    out = data.transpose(axes)
-    for axis in range(3):
-        matrix = _axis_matrix(positions[axis], out.shape[axis])
-        if matrix is not None:
-            rest = np.ascontiguousarray(np.moveaxis(out, axis, 0))
-            out = np.moveaxis((matrix @ rest.reshape(rest.shape[0], -1)).reshape(-1, *rest.shape[1:]), 0, axis)
-    return np.ascontiguousarray(out, dtype=np.float32)
-
-
-def resample_nearest(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearest voxel of ``data`` for every output voxel, any affine; 0 outside. Half-way positions go up."""
-    linear = to_input[:3, :3]
-    off_axis = np.abs(linear).sum() - np.abs(linear).max(axis=0).sum()
-    if off_axis * max(shape) < 1e-3:
-        axes, positions = _separate(to_input, shape)
-        out = data.transpose(axes)
-        for axis in range(3):
-            index = np.floor(positions[axis] + 0.5).astype(np.int64)
-            inside = (index >= 0) & (index < out.shape[axis])
-            out = np.take(out, np.where(inside, index, 0), axis=axis)
-            if not inside.all():
-                out[(slice(None),) * axis + (~inside,)] = 0
-        return np.ascontiguousarray(out)
-    out = np.zeros(shape, dtype=data.dtype)
-    plane = np.stack(np.meshgrid(np.arange(shape[1]), np.arange(shape[2]), indexing="ij"))  # (2, H, W)
-    in_plane = np.tensordot(linear[:, 1:], plane, axes=1) + to_input[:3, 3][:, None, None]  # (3, H, W)
-    size = np.array(data.shape)[:, None, None]
-    for first in range(shape[0]):
-        index = np.floor(in_plane + (linear[:, 0] * first)[:, None, None] + 0.5).astype(np.int64)
-        inside = ((index >= 0) & (index < size)).all(axis=0)
-        out[first][inside] = data[tuple(index[:, inside])]
-    return out
-
-
-def _separate(to_input: np.ndarray, shape: tuple[int, ...]) -> tuple[list[int], list[np.ndarray]]:
-    """The input axis that feeds each output axis, and the input positions (voxels) of its samples, snapped to whole voxels where near."""
-    axes = [int(np.abs(to_input[:3, axis]).argmax()) for axis in range(3)]
-    assert sorted(axes) == [0, 1, 2], "the axes are rotated, not permuted"
-    positions = [to_input[source, axis] * np.arange(shape[axis]) + to_input[source, 3] for axis, source in enumerate(axes)]
-    return axes, [np.where(np.abs(p - np.rint(p)) < NIFTI_EDGE, np.rint(p), p) for p in positions]
-
-
-def _axis_matrix(positions: np.ndarray, length: int) -> sparse.csr_array | None:
-    """(len(positions), length) interpolation weights along one axis; None if it would change nothing.
-
-    A triangle of half-width max(1, spacing) voxels: plain linear interpolation where the output is finer, a weighted mean where it is
-    coarser. Positions within half a voxel of the array (half a spacing for coarser grids) count as inside, others give 0.
-    """
-    if len(positions) == length and np.array_equal(positions, np.arange(length)):
-        return None
-    spacing = abs(positions[1] - positions[0]) if len(positions) > 1 else 1.0
-    width = max(1.0, spacing)
-    reach = int(np.ceil(width))
-    nearest = np.floor(positions).astype(int)
-    columns = nearest[:, None] + np.arange(1 - reach, reach + 1)
-    weights = np.clip(1 - np.abs(columns - positions[:, None]) / width, 0, None)
-    weights[(columns < 0) | (columns >= length)] = 0
-    total = weights.sum(axis=1, keepdims=True)
-    edge = max(0.5, spacing / 2)
-    inside = (positions > -edge - NIFTI_EDGE) & (positions < length - 1 + edge + NIFTI_EDGE)
-    weights = np.where(inside[:, None] & (total > 0), weights / np.where(total > 0, total, 1), 0).astype(np.float32)
-    rows = np.repeat(np.arange(len(positions)), columns.shape[1])
-    keep = weights.reshape(-1) > 0
-    return sparse.csr_array((weights.reshape(-1)[keep], (rows[keep], columns.reshape(-1)[keep])), shape=(len(positions), length))
-
-
 def _check_cover(labels: Volume, placement: Placement) -> None:
     """Refuse a label map that is empty, lies elsewhere in the world than the scan, or is cut inside it."""
-    where = np.argwhere(labels.data)
-    if not len(where):
+    total = np.count_nonzero(labels.data)
+    if not total:
         raise VolumeError(f"{labels.path}: no voxel is labelled; a label map of the scan is wanted")
     to_scan = np.linalg.inv(placement.native_affine) @ labels.affine
-    in_scan = where[:: max(1, len(where) // 50_000)] @ to_scan[:3, :3].T + to_scan[:3, 3]
+    step = 4 if total > 2**18 else 1  # a few thousand voxels say it as well as a million
+    in_scan = step * np.argwhere(labels.data[::step, ::step, ::step]) @ to_scan[:3, :3].T + to_scan[:3, 3]
     share = float(((in_scan > -1) & (in_scan < placement.native_shape)).all(axis=1).mean())
     if share < MIN_LABELS_INSIDE:
         raise VolumeError(
@@ -308,11 +214,11 @@ def _check_cover(labels: Volume, placement: Placement) -> None:
     shape = np.array(labels.data.shape)
     for axis in range(3):
         for index, outward in ((0, -1), (shape[axis] - 1, 1)):
-            count = int((where[:, axis] == index).sum())
+            count = np.count_nonzero(labels.data[(slice(None),) * axis + (index,)])
             beyond = (shape - 1) / 2
             beyond[axis] = index + 2 * outward
             beyond = to_scan[:3, :3] @ beyond + to_scan[:3, 3]
-            if count > MAX_LABELS_ON_CUT_FACE * len(where) and ((beyond > 0) & (beyond < np.array(placement.native_shape) - 1)).all():
+            if count > MAX_LABELS_ON_CUT_FACE * total and ((beyond > 0) & (beyond < np.array(placement.native_shape) - 1)).all():
                 raise VolumeError(
                     f"{labels.path}: the label map ends inside the scan's field of view with {count} labelled voxels on its edge; "
                     "a label map that covers the scan in world space is wanted"

@@ -145,6 +145,13 @@ class Resources(Section):
     """Where and how wide; never part of a result's identity."""
 
     workers: Count = 2
+    shards: str = "shards"
+    """A folder, or an fsspec URL, e.g. s3://bucket/shards (pip install 'lodbrain[s3]'), of this project alone. Its credentials and endpoint are
+    the environment's: AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL, …"""
+    cache_folder: str = "cache/shards"
+    """On a disk of this machine, one user's: copies of the shards of a URL; a folder's are read in place."""
+    cache_gb: Annotated[float, Field(gt=0)] = 50
+    """Of those copies together; the least recently used go first."""
     ray_address: str | None = None
     """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
     task_gb: Annotated[float, Field(gt=0)] | None = None

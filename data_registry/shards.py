@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.resample import bounding_box
 
 FACTORS = (1, 2, 4)
 BLOCK_FACTORS = (2, 4)
@@ -33,6 +34,14 @@ BLOCK_FACTORS = (2, 4)
 
 class ShardError(InputError):
     """A shard that is missing, cut or damaged; the message names the file and row."""
+
+
+class MissingShard(ShardError):
+    """There is no such file."""
+
+
+class DamagedShard(ShardError):
+    """Bytes that are not those which were written."""
 
 
 def shard_name(grid: str, database: str, site: str, part: int) -> str:
@@ -57,21 +66,31 @@ def pooled(data: np.ndarray, factor: int) -> np.ndarray:
     >>> pooled(np.arange(8, dtype=np.uint8).reshape(2, 2, 2), 2).tolist()
     [[[7]]]
     """
-    if factor == 1:
-        return data
-    d, h, w = (n // factor for n in data.shape)
-    return data.reshape(d, factor, h, factor, w, factor).max(axis=(1, 3, 5))
+    return _blockwise(np.maximum, data, factor)
 
 
 def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
-    """Voxels of each class in blocks of ``factor``³: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
+    """Voxels of each class in blocks of ``factor``³, at most 6: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
 
     >>> block_counts(np.array([[[0, 1], [1, 1]], [[1, 1], [2, 1]]], dtype=np.uint8), 2, 3).ravel().tolist()
     [1, 6, 1]
     """
-    d, h, w = (n // factor for n in classes.shape)
-    blocks = classes.reshape(d, factor, h, factor, w, factor)
-    return np.stack([(blocks == index).sum(axis=(1, 3, 5), dtype=np.uint8) for index in range(number)])
+    counts = np.zeros((number, *(n // factor for n in classes.shape)), dtype=np.uint8)
+    box = bounding_box(classes, step=factor)                                 # all else is background: three quarters of a head
+    part, within = classes[box], (slice(None), *(slice(s.start // factor, s.stop // factor) for s in box))
+    for index in range(1, number):
+        counts[index][within[1:]] = _blockwise(np.add, (part == index).view(np.uint8), factor)
+    counts[0] = factor**3
+    counts[0][within[1:]] -= counts[1:][within].sum(0, dtype=np.uint8)
+    return counts
+
+
+def _blockwise(combine: np.ufunc, data: np.ndarray, factor: int) -> np.ndarray:
+    """(D, H, W) → (D/f, H/f, W/f), an axis at a time: whole slices first, the short strides along W on the quarter that is left."""
+    for axis in range(3) if factor > 1 else ():
+        parts = data.reshape(*data.shape[:axis], -1, factor, *data.shape[axis + 1 :])
+        data = functools.reduce(combine, np.moveaxis(parts, axis + 1, 0))
+    return data
 
 
 def write_shard(path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | str]], *, side: int, metadata: dict) -> None:
@@ -89,10 +108,10 @@ def write_shard(path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | s
             writer.write_table(pa.Table.from_pylist([{"scan_id": row["scan_id"], **values}], schema=schema), row_group_size=1)
 
 
-def read_metadata(path: str | os.PathLike) -> dict | None:
+def read_metadata(source: str | os.PathLike | BinaryIO) -> dict | None:
     """What :func:`write_shard` was given as ``metadata``; None if the file is no complete shard."""
     try:
-        notes = pq.read_schema(path).metadata or {}
+        notes = pq.read_schema(source).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
     return {key.decode(): json.loads(value) for key, value in notes.items() if key not in (b"side", b"ARROW:schema")}
@@ -101,28 +120,42 @@ def read_metadata(path: str | os.PathLike) -> dict | None:
 def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str], *, scan_id: str | None = None) -> dict[str, np.ndarray]:
     """Arrays of one scan, by column; columns that are null or not in the file are left out.
 
-    Raises :class:`ShardError` for a missing file, a page whose checksum is wrong, and a row of another scan than ``scan_id``.
+    The file is opened anew for each row, at 0.2 ms: so a shard may be replaced or removed at any time, processes may be forked, and of
+    thousands of shards nothing is kept. (Memory-mapped, the same rows take as long: they are decompressed in any case.)
+
+    Raises :class:`MissingShard` for a missing file, :class:`DamagedShard` for a page whose checksum is wrong, and a plain
+    :class:`ShardError` for a row of another scan than ``scan_id``.
     """
     try:
-        file = _opened(str(path), os.stat(path).st_mtime_ns)
-        side = int(file.schema_arrow.metadata[b"side"])
-        present = [name for name in columns if name in file.schema_arrow.names]
-        table = file.read_row_group(row_group, columns=["scan_id", *present])
-        if scan_id not in (None, came := table["scan_id"][0].as_py()):
-            raise ShardError(f"{path}: row group {row_group} holds {came}; {scan_id} is wanted (run `python -m pipelines.harmonise` again)")
-        return {name: _array(table[name][0], name, side) for name in present if table[name][0].is_valid}
-    except ShardError:
-        raise
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            side = int(file.schema_arrow.metadata[b"side"])
+            present = [name for name in columns if name in file.schema_arrow.names]
+            table = file.read_row_group(row_group, columns=["scan_id", *present], use_threads=False)
+        came = table["scan_id"][0].as_py()
+        arrays = {name: _array(table[name][0], name, side) for name in present if table[name][0].is_valid}
     except FileNotFoundError:
-        raise ShardError(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
+        raise MissingShard(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
     except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ShardError(f"{path}: row group {row_group} is damaged ({reason}); delete it and run `python -m pipelines.harmonise` again") from None
+        message = f"{path}: row group {row_group} is damaged ({reason}); delete it and run `python -m pipelines.harmonise` again"
+        raise DamagedShard(message) from None
+    if scan_id not in (None, came):
+        raise ShardError(f"{path}: row group {row_group} holds {came}; {scan_id} is wanted (run `python -m pipelines.harmonise` again)")
+    return arrays
 
 
-@functools.lru_cache(maxsize=64)
-def _opened(path: str, _mtime_ns: int) -> pq.ParquetFile:
-    return pq.ParquetFile(path, page_checksum_verification=True)
+def damage(path: str | os.PathLike) -> str | None:
+    """The first row group whose bytes are damaged, in words without the path; None if all are as they were written."""
+    try:
+        with pq.ParquetFile(path) as file:
+            groups, columns = file.num_row_groups, file.schema_arrow.names[1:]
+        for row_group in range(groups):
+            read_row(path, row_group, columns)
+    except DamagedShard as error:
+        return str(error).removeprefix(f"{path}: ")
+    except (OSError, pa.ArrowInvalid) as error:
+        return f"no complete shard ({str(error).splitlines()[0]}); delete it and run `python -m pipelines.harmonise` again"
+    return None
 
 
 def _array(value: pa.Scalar, name: str, side: int) -> np.ndarray:
@@ -132,8 +165,3 @@ def _array(value: pa.Scalar, name: str, side: int) -> np.ndarray:
         shape = (protocols.load(stem).classes, *shape)
     kind = np.uint16 if stem != "t1w" and int(factor) == 1 else np.uint8
     return np.frombuffer(value.as_buffer(), dtype=kind).reshape(shape)
-
-
-def shard_path(folder: str | os.PathLike, sample: dict) -> Path:
-    """The file that holds a row of the samples table."""
-    return Path(folder) / sample["shard"]

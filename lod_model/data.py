@@ -15,12 +15,13 @@ from torch.utils.data import Dataset, Sampler
 
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
+from data_registry.params import Resources
 from data_registry.schema import read_table
-from data_registry.shards import block_counts, pooled, read_row, shard_path
+from data_registry.shard_store import ShardStore, open_store
+from data_registry.shards import block_counts, pooled
 from lod_model.augment import augment, sample_seed
 
 COARSE_FACTOR = 4
-SHARD_FOLDER = Path("shards")
 TABLES = Path("tables")
 
 
@@ -32,7 +33,9 @@ class Scan:
     database: str
     site: str
     place: str
-    shard: Path
+    store: ShardStore
+    shard: str
+    shard_sha256: str
     row_group: int
     mean: float
     deviation: float
@@ -47,23 +50,24 @@ class Scan:
         """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
         source = next(source for source in protocol.sources if source in self.label_sources)
         ids = self._read(f"{source}_x1")[f"{source}_x1"]
-        return protocol.classes_of(ids, where=f"{self.shard}, {self.scan_id}")
+        return protocol.classes_of(ids, where=f"{self.store.where(self.shard)}, {self.scan_id}")
 
     def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
         """(C, D/f, H/f, W/f) float32: the share of each class in each block."""
         name = f"{protocol.name}_x{factor}"
         counts = self._read(name)
         if name not in counts:
-            raise InputError(f"{self.shard}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
+            where = self.store.where(self.shard)
+            raise InputError(f"{where}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
-
     def _read(self, column: str) -> dict[str, np.ndarray]:
-        return read_row(self.shard, self.row_group, [column], scan_id=self.scan_id)
+        return self.store.read_row(self.shard, self.row_group, [column], scan_id=self.scan_id, sha256=self.shard_sha256)
 
 
-def all_folds() -> dict[int, dict[str, list[Scan]]]:
-    """fold → role → scans by scan_id, from the tables below the current folder."""
+def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Scan]]]:  # noqa: B008 (frozen)
+    """fold → role → scans by scan_id, from the tables below the current folder and the shards that ``resources`` name."""
+    store = open_store(resources)
     places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
     samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
     folds: dict[int, dict[str, list[Scan]]] = {}
@@ -73,8 +77,8 @@ def all_folds() -> dict[int, dict[str, list[Scan]]]:
             raise InputError(f"{TABLES / 'split.parquet'}: {row['scan_id']} is not in {TABLES / 'samples.parquet'}; run `python -m pipelines.split`")
         scan = Scan(
             scan_id=row["scan_id"], database=sample["database"], site=sample["site"], place=places[row["scan_id"]],
-            shard=shard_path(SHARD_FOLDER, sample), row_group=sample["row_group"], mean=sample["mean"], deviation=sample["deviation"],
-            voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
+            store=store, shard=sample["shard"], shard_sha256=sample["shard_sha256"], row_group=sample["row_group"],
+            mean=sample["mean"], deviation=sample["deviation"], voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
         )  # fmt: skip
         folds.setdefault(row["fold"], {}).setdefault(row["role"], []).append(scan)
     return folds

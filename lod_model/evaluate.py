@@ -49,7 +49,8 @@ class Contender:
 
 def main() -> None:
     """Score all runs of ``params.yaml``."""
-    params, folds = load_params(), all_folds()
+    params = load_params()
+    folds = all_folds(params.resources)
     split_hash = table_metadata(TABLES / "split.parquet")["split_hash"]
     places = sorted((scan.scan_id, scan.place) for scan in (scan for roles in folds.values() for scans in roles.values() for scan in scans))
     protocol_version = protocols.load(params.train.protocol).version

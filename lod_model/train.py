@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--fold", type=int, help="one fold only")
     arguments = parser.parse_args()
     params = load_params()
-    folds = all_folds()
+    folds = all_folds(params.resources)
     if arguments.fold is not None and arguments.fold not in folds:
         raise InputError(f"--fold {arguments.fold}: the split has folds {', '.join(map(str, folds))}")
     train(arguments.network, params, {k: v for k, v in folds.items() if arguments.fold in (None, k)})

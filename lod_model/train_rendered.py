@@ -142,6 +142,7 @@ class Renderings(Dataset):
     def __init__(self, anatomies: list[Anatomy], recipe: Recipe, stage: Stage) -> None:
         self.anatomies, self.recipe, self.stage = anatomies, recipe, stage
         self.protocol, self.how = protocols.load(recipe.protocol), Rendering(**recipe.rendering | stage.rendering)
+        self.multiple = networks.build(recipe.network, dict(recipe.config)).config.multiple
 
     def __len__(self) -> int:
         return self.stage.steps
@@ -158,11 +159,11 @@ class Renderings(Dataset):
         return {
             "image": torch.from_numpy(image.copy())[None],
             "fractions": torch.from_numpy(counts.astype(np.float32) / sample.samples),
-            "window": torch.from_numpy(_window(counts, stage.window or image.shape[0], generator)),
+            "window": torch.from_numpy(_window(counts, stage.window or image.shape[0], generator, step=self.multiple)),
         }
 
 
-def _window(counts: np.ndarray, edge: int, generator: np.random.Generator, *, step: int = 8) -> np.ndarray:
+def _window(counts: np.ndarray, edge: int, generator: np.random.Generator, *, step: int) -> np.ndarray:
     """First voxel (3,) of a cube that holds as much of the brain as it can, its place otherwise random, in multiples of ``step``."""
     side, brain = counts.shape[1], counts[0] < counts.sum(0, dtype=np.uint16)
     first = []

@@ -25,11 +25,11 @@ import numpy as np
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
-from data_registry.files import sha256
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
+from data_registry.shard_store import FolderStore, ShardStore, open_store
 from data_registry.volume import load_image, load_labels
-from pipelines.attempts import Attempts, clean
+from pipelines.attempts import JOURNALS, Attempts, clean
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.parallel import Death, run_bounded
 from pipelines.progress import Scans
@@ -58,10 +58,12 @@ def harmonise() -> None:
     scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
     databases = find_databases([Path(root) for root in params.index.roots])
     plan = plan_shards(scans, params.harmonise)
-    todo = [item for item in plan if (shards.read_metadata(SHARD_FOLDER / item["shard"]) or {}).get("recipe") != item["recipe"]]
+    store = open_store(params.resources)
+    SHARD_FOLDER.mkdir(exist_ok=True)  # DVC's output also where resources.shards is elsewhere; the samples table then tells by its hashes
+    todo = [item for item in plan if (store.metadata(item["shard"]) or {}).get("recipe") != item["recipe"]]
     log.info("%d scans in %d shards, %d to make", len(scans), len(plan), len(todo))
-    _make(todo, databases, params.harmonise, params.resources)
-    samples = [row for item in plan for row in collect(SHARD_FOLDER / item["shard"], item["shard"])]
+    _make(todo, store, databases, params.harmonise, params.resources)
+    samples = [row for item in plan for row in collect(store, item["shard"])]
     bad = [row for row in samples if row["status"] != "ok"]
     for row in bad:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
@@ -71,7 +73,7 @@ def harmonise() -> None:
     if len(sides) > 1:
         raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
     write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
-    _delete_unnamed({item["shard"] for item in plan})
+    store.keep_only({item["shard"] for item in plan})
     clean()
     for leftover in SAMPLES_TABLE.parent.glob(".aside-*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
@@ -93,7 +95,7 @@ def plan_shards(scans: list[dict], settings: Harmonise) -> list[dict]:
     return plan
 
 
-def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, resources: Resources) -> None:
+def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], settings: Harmonise, resources: Resources) -> None:
     """Make the unfinished shards, showing how far they are."""
     if not todo:
         return
@@ -103,12 +105,13 @@ def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, res
     roots = {name: str(root.absolute()) for name, root in databases.items()}
     attempts = [Attempts(item["shard"], resources.tries) for item in todo]
     memory = [int(resources.task_gb * 1e9) if resources.task_gb else task_bytes(item["scans"], settings) for item in todo]
-    SHARD_FOLDER.mkdir(exist_ok=True)
+    for folder in [JOURNALS] + [store.root] * isinstance(store, FolderStore):
+        folder.mkdir(parents=True, exist_ok=True)
 
     def work(index: int) -> tuple:
         item, attempt = todo[index], attempts[index]
         own = {row["database"]: roots[row["database"]] for row in item["scans"]}
-        return str(SHARD_FOLDER.absolute()), item, own, settings, str(attempt.journal), dict(attempt.left_out)
+        return store, item, own, settings, str(attempt.journal), dict(attempt.left_out)
 
     failed = []
     with Scans("harmonise", sum(len(item["scans"]) for item in todo)) as progress:
@@ -121,7 +124,8 @@ def _make(todo: list[dict], databases: dict[str, Path], settings: Harmonise, res
         for index, result in run_bounded(make_shard, items, memory=memory, again=again, workers=resources.workers, address=resources.ray_address):
             progress.done += len(todo[index]["scans"])
             if isinstance(result, Exception):
-                failed.append(f"{todo[index]['shard']}: {attempts[index].why or str(result).strip().splitlines()[-1]}")
+                why = attempts[index].why or str(result).strip() or type(result).__name__
+                failed.append(f"{todo[index]['shard']}: {why.splitlines()[-1]}")
             else:
                 progress.quarantined += result
     if failed:
@@ -142,16 +146,15 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
 
 
 def make_shard(
-    folder: str, item: dict, roots: dict[str, str], settings: Harmonise, journal: str = os.devnull, left_out: Mapping[str, str] | None = None
+    store: ShardStore, item: dict, roots: dict[str, str], settings: Harmonise, journal: str = os.devnull, left_out: Mapping[str, str] | None = None
 ) -> int:
     """One Ray task: read, conform and write the scans of one shard. Returns how many are quarantined.
 
     ``journal`` is a file that names the scan at work, in case it ends the process; ``left_out`` are those that did, with the reason.
     """
-    for path in (folder, *roots.values()):
+    for path in [*roots.values(), os.path.dirname(journal)] + [store.root] * isinstance(store, FolderStore):
         if not os.path.isdir(path):  # else a node without the shared file system would quarantine all it is given
             raise InputError(f"{path}: no such folder on {platform.node()}; a file system shared by all nodes is wanted")
-    Path(journal).parent.mkdir(parents=True, exist_ok=True)
     rows, samples = [], []
     for scan in item["scans"]:
         where = f"{roots[scan['database']]}/{scan['t1w_path']}"
@@ -169,7 +172,7 @@ def make_shard(
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": reason})
     Path(journal).write_text("", encoding="utf-8")
     metadata = {"recipe": item["recipe"], "samples": samples}
-    shards.write_shard(Path(folder) / item["shard"], rows, side=_side(samples, settings), metadata=metadata)
+    store.write(item["shard"], rows, side=_side(samples, settings), metadata=metadata)
     return len(samples) - len(rows)
 
 
@@ -203,7 +206,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
         classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
-        voxels = np.bincount(classes.ravel(), minlength=table.classes)
+        voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
     histogram = np.bincount(t1w.ravel(), minlength=256)
     levels = np.arange(256)
@@ -236,22 +239,13 @@ def _side(samples: list[dict], settings: Harmonise) -> int:
     return sides.pop() if sides else 0
 
 
-def collect(path: Path, shard: str) -> list[dict]:
+def collect(store: ShardStore, shard: str) -> list[dict]:
     """The samples rows of a finished shard, with its hash."""
-    metadata = shards.read_metadata(path)
+    metadata = store.metadata(shard)
     if metadata is None:
-        raise InputError(f"{path}: no complete shard; run `python -m pipelines.harmonise` again")
-    digest = sha256(path)
+        raise InputError(f"{store.where(shard)}: no complete shard; run `python -m pipelines.harmonise` again")
+    digest = store.sha256(shard)
     return [row | ({"shard_sha256": digest} if row["status"] == "ok" else {}) for row in metadata["samples"]]
-
-
-def _delete_unnamed(named: set[str]) -> None:
-    """Remove shards that the manifest does not name, and folders left empty."""
-    for path in sorted(SHARD_FOLDER.rglob("*"), reverse=True):
-        if path.is_file() and str(path.relative_to(SHARD_FOLDER)) not in named:
-            path.unlink()
-        elif path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def _finished(ray, running: dict) -> Iterator[_Task]:
         try:
             task.result = ray.get(reference)
         except ray.exceptions.RayTaskError as error:  # the function raised
-            task.result = error.cause
+            task.result = error.cause or error
         except ray.exceptions.RayError as error:  # no death: e.g. a node without the job's environment
             task.result, task.death, task.died_s = error, deaths.get(type(error)), time.monotonic()
         yield task

@@ -8,6 +8,7 @@ from small_heads import add_subject, run
 from data_registry import shards
 from data_registry.errors import InputError
 from data_registry.params import Harmonise
+from data_registry.shard_store import FolderStore
 from pipelines.harmonise import make_shard, task_bytes
 
 SETTINGS = Harmonise(grid="16mm")
@@ -30,18 +31,18 @@ def item(tmp_path) -> dict:
 def test_a_node_that_lacks_a_folder_quarantines_nothing(tmp_path, item, missing):
     (tmp_path / missing).rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match=f"{missing}: no such folder on .*; a file system shared by all nodes is wanted"):
-        make_shard(str(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS)
+        make_shard(FolderStore(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS)
 
 
 def test_who_is_left_out_costs_its_neighbours_nothing(tmp_path, item):
-    journal, roots = tmp_path / "journals/one", {"db": str(tmp_path / "db")}
-    assert make_shard(str(tmp_path / "shards"), item, roots, SETTINGS, str(journal), {"db_sub-00": "kills its worker (3 tries)"}) == 1
+    journal, roots = tmp_path / "journal", {"db": str(tmp_path / "db")}
+    assert make_shard(FolderStore(tmp_path / "shards"), item, roots, SETTINGS, str(journal), {"db_sub-00": "kills its worker (3 tries)"}) == 1
     assert journal.read_text() == ""
     notes = shards.read_metadata(tmp_path / "shards/part-000.parquet")
     out, kept = notes["samples"]
     assert (out["status"], kept["status"], kept["row_group"]) == ("quarantined", "ok", 0)
     assert out["reason"] == f"{tmp_path}/db/sub-00/anat/sub-00_T1w.nii.gz: kills its worker (3 tries)"
-    assert make_shard(str(tmp_path), item | {"scans": item["scans"][1:]}, roots, SETTINGS) == 0
+    assert make_shard(FolderStore(tmp_path), item | {"scans": item["scans"][1:]}, roots, SETTINGS) == 0
     alone = shards.read_metadata(tmp_path / "part-000.parquet")["samples"]
     assert alone == [kept] and notes["recipe"] == "r"
 
@@ -49,7 +50,7 @@ def test_who_is_left_out_costs_its_neighbours_nothing(tmp_path, item):
 def test_the_journal_names_the_scan_at_work(tmp_path, item, monkeypatch):
     seen = []
     monkeypatch.setattr("pipelines.harmonise.harmonise_scan", lambda *_: seen.append((tmp_path / "journal").read_text()) or 1 / 0)
-    assert make_shard(str(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS, str(tmp_path / "journal")) == 2
+    assert make_shard(FolderStore(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS, str(tmp_path / "journal")) == 2
     assert seen == ["db_sub-00", "db_sub-01"]
 
 

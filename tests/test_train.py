@@ -68,12 +68,12 @@ def test_what_is_held_out_is_never_read(inside, monkeypatch):
     assert first.grid == "16mm" and first.protocol == "lod7"
     assert not {scan.site for scan in folds[0]["external_test"]} & {site.split(".")[1] for site in first.provenance["trained_on"]}
     (fold_folder("lod_brain-base-0", 0) / "fold.json").unlink()
-    held = {scan.shard for scan in folds[0]["external_test"]}
+    held = {Path("shards", scan.shard) for scan in folds[0]["external_test"]}
     unseen = {scan.scan_id for scan in folds[0]["internal_test"]}
     for path in held:
         path.rename(path.with_suffix(".away"))
     try:
-        monkeypatch.setattr("lod_model.data.read_row", guarded(unseen, folds))
+        monkeypatch.setattr("data_registry.shard_store.read_row", guarded(unseen, folds))
         train("lod_brain", params, {0: folds[0]})
     finally:
         for path in held:
@@ -85,7 +85,7 @@ def guarded(unseen: set[str], folds):
     """read_row that refuses the rows of scans that training must not see."""
     from data_registry.shards import read_row
 
-    forbidden = {(scan.shard, scan.row_group) for role in folds[0].values() for scan in role if scan.scan_id in unseen}
+    forbidden = {(scan.store.root / scan.shard, scan.row_group) for role in folds[0].values() for scan in role if scan.scan_id in unseen}
     assert forbidden
 
     def read(path, row_group, columns, *, scan_id):

@@ -104,13 +104,21 @@ def test_a_window_holds_the_brain_where_it_can():
     counts = np.zeros((7, 64, 64, 64), dtype=np.uint8)
     counts[0] = 8
     counts[0, 20:40, 5:30, 30:62], counts[3, 20:40, 5:30, 30:62] = 0, 8
-    firsts = np.array([_window(counts, 40, np.random.default_rng(seed)) for seed in range(60)])
+    firsts = np.array([_window(counts, 40, np.random.default_rng(seed), step=8) for seed in range(60)])
     assert (firsts % 8 == 0).all() and firsts.min() >= 0 and (firsts + 40).max() <= 64
     for axis, (low, high) in enumerate(((20, 40), (5, 30), (30, 62))):
         assert (firsts[:, axis] <= low).all() and (firsts[:, axis] + 40 >= high).all()
     assert len(np.unique(firsts[:, 0])) > 1
-    wide = np.array([_window(counts, 16, np.random.default_rng(seed)) for seed in range(60)])
+    wide = np.array([_window(counts, 16, np.random.default_rng(seed), step=8) for seed in range(60)])
     assert (wide[:, 2] >= 24).all() and len(np.unique(wide[:, 2])) > 1, "a window smaller than the brain stays within it"
+
+
+def test_windows_fit_every_number_of_levels():
+    """Three levels want windows from and to multiples of 32 voxels."""
+    stage = Stage(name="fine", steps=6, learning_rate=1e-3, window=32)
+    recipe = RECIPE.model_copy(update={"config": {"widths": [2, 2, 2, 2], "groups": 2, "levels": 3}, "voxel_mm": 4, "stages": (stage,)})
+    samples = Renderings(box_heads(2), recipe, stage)
+    assert all((samples[step]["window"] % 32 == 0).all() for step in range(6))
 
 
 @pytest.mark.parametrize(

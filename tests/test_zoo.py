@@ -17,6 +17,7 @@ from data_registry import protocol as protocols
 from data_registry import shards
 from data_registry.conform import conform, labels_to_grid, probabilities_to_native
 from data_registry.params import Harmonise
+from data_registry.shard_store import FolderStore
 from data_registry.volume import Volume, axes_to_lia, load_image, load_labels
 from lod_model import metrics
 from lod_model import weights as weight_files
@@ -135,7 +136,7 @@ def test_harmonise_meets_the_zoo_the_same_way(test_data, manifest, tmp_path):
     """One shard of all 33: what is refused is quarantined in one line, the rest stands in the shard, warnings beside it."""
     scans = [{"scan_id": row["file"], "database": "zoo", "site": "zoo", "t1w_path": row["file"], "labels": []} for row in manifest]
     item = {"shard": "grid=16mm/site=zoo.zoo/part-000.parquet", "recipe": "", "scans": scans}
-    quarantined = make_shard(str(tmp_path), item, {"zoo": str(test_data / "zoo")}, Harmonise(grid="16mm"))
+    quarantined = make_shard(FolderStore(tmp_path), item, {"zoo": str(test_data / "zoo")}, Harmonise(grid="16mm"))
     samples = {row["scan_id"]: row for row in shards.read_metadata(tmp_path / item["shard"])["samples"]}
     assert quarantined == sum(row["status"] != "ok" for row in samples.values()) and len(samples) == 33
     for row in manifest:
