@@ -105,7 +105,7 @@ def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], setti
     roots = {name: str(root.absolute()) for name, root in databases.items()}
     attempts = [Attempts(item["shard"], resources.tries) for item in todo]
     memory = [int(resources.task_gb * 1e9) if resources.task_gb else task_bytes(item["scans"], settings) for item in todo]
-    for folder in [JOURNALS] + [store.root] * isinstance(store, FolderStore):
+    for folder in (JOURNALS, *_folders(store)):
         folder.mkdir(parents=True, exist_ok=True)
 
     def work(index: int) -> tuple:
@@ -152,7 +152,7 @@ def make_shard(
 
     ``journal`` is a file that names the scan at work, in case it ends the process; ``left_out`` are those that did, with the reason.
     """
-    for path in [*roots.values(), os.path.dirname(journal)] + [store.root] * isinstance(store, FolderStore):
+    for path in (*roots.values(), os.path.dirname(journal), *_folders(store)):
         if not os.path.isdir(path):  # else a node without the shared file system would quarantine all it is given
             raise InputError(f"{path}: no such folder on {platform.node()}; a file system shared by all nodes is wanted")
     rows, samples = [], []
@@ -225,6 +225,11 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "label_volumes_ml": volumes,
     }
     return arrays, sample
+
+
+def _folders(store: ShardStore) -> list[Path]:
+    """Where the store is folders of a file system, that every node must see."""
+    return [store.root] if isinstance(store, FolderStore) else []
 
 
 def _identity(scan: dict, settings: Harmonise) -> dict:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ Death = Literal["worker", "memory", "node"]
 IN_FLIGHT_PER_CPU = 2  # enough to keep every worker busy, few enough that results never pile up
 GRACE_S = 20.0  # so long a worker's death may turn out to be its node's, whose end Ray notices by health checks within 15 s
 POLL_S = 1.0
+JOIN_S = 10.0
 
 
 @dataclass
@@ -42,7 +44,7 @@ def run_bounded(
     ``memory``: bytes that each item's task declares, so that no node is given more than it holds. When a task dies, ``again(index,
     death)`` says with which item to go on (None: not at all, the result is the exception); after a worker's death its task declares
     twice the memory, up to the largest node's, so that no neighbour's appetite kills it twice. A death counts as the worker's only if
-    all nodes outlive it: a task may run more often than ``again`` is asked, and must write aside and rename.
+    all nodes outlive it. A task may run more than once, even at the same time (a node thought dead): it must write aside and rename.
 
     The cluster is that of a surrounding Ray job (or of RAY_ADDRESS), else the one at ``address``, else ``workers`` CPUs of this machine.
     """
@@ -65,13 +67,18 @@ def run_bounded(
                     dead.append(task)
                 else:
                     yield task.index, task.result
-            for task in [task for task in dead if task.death == "node" or time.monotonic() - task.died_s > GRACE_S]:
+            for task in [task for task in dead if _is_clear(task)]:
                 dead.remove(task)
                 death = task.death if task.nodes <= set(_nodes(ray)) else "node"
                 if (item := again(task.index, death)) is None:
                     yield task.index, task.result
                 else:
                     waiting.appendleft(_Task(task.index, item, task.memory * (1 if death == "node" else 2)))
+
+
+def _is_clear(task: _Task) -> bool:
+    """Whether what ended a task will not turn out otherwise: on a machine alone, its end would have been the driver's."""
+    return task.death == "node" or len(task.nodes) == 1 or time.monotonic() - task.died_s > GRACE_S
 
 
 def _finished(ray, running: dict) -> Iterator[_Task]:
@@ -130,9 +137,12 @@ class _cluster:
     def _join(self, quiet: dict) -> None:
         if self.address.startswith("http"):
             raise InputError(f"Ray address {self.address} is a dashboard's; `ray job submit --address {self.address}`, or host:port, is wanted")
+        host, _, port = self.address.rpartition(":")
         try:
+            if host and port.isdigit():
+                socket.create_connection((host, int(port)), timeout=JOIN_S).close()  # Ray itself would try for minutes
             self.ray.init(address=self.address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"Ray cluster {self.address} cannot be joined ({reason}); a node of a running cluster is wanted") from None
 
