@@ -8,10 +8,11 @@ Choices, each stated once:
 
 - The grid's centre is the centre of the scan's field of view; where the voxel sizes agree it is moved by less than half a voxel so
   that no voxel is interpolated. What lies outside the scan is 0; what lies outside the grid is cut, and a warning says how much.
-- Images: linear interpolation, widened to the voxel ratio where the grid is coarser (an area-weighted mean, no aliasing).
+- Images: linear (default) or cubic interpolation, widened to the voxel ratio where the grid is coarser (a weighted mean, no aliasing).
 - Labels: nearest neighbour, or (default) the majority among the labels inside a coarser voxel, counted in source ids.
 - Intensity: the 0.1 % and 99.9 % points of the intensities map to 0 and 255 (FastSurfer's robust maximum, with a lower end
-  that also serves scans with an offset); a scan that is uint8 on the grid already passes unchanged.
+  that also serves scans with an offset); a scan that is uint8 on the grid already passes unchanged. Or a window that
+  :mod:`data_registry.intensity` has found.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from data_registry.errors import InputError
-from data_registry.resample import NIFTI_EDGE, in_c_order, majority, resample_linear, resample_nearest
+from data_registry.resample import NIFTI_EDGE, Interpolation, in_c_order, majority, resample_image, resample_nearest
 from data_registry.volume import Volume, VolumeError, axes_to_lia
 
 SAME_SIZE = 1e-3  # voxel sizes whose ratio is this near to 1 count as equal: a quarter of a voxel over 256
@@ -117,8 +118,8 @@ def place_grid(volume: Volume, grid: str) -> Placement:
     return Placement(volume.affine @ to_native, (side,) * 3, volume.affine, tuple(volume.data.shape))
 
 
-def conform(volume: Volume, *, grid: str) -> Conformed:
-    """Bring a T1w to the named grid as uint8.
+def conform(volume: Volume, *, grid: str, window: tuple[float, float] | None = None, interpolation: Interpolation = "linear") -> Conformed:
+    """Bring a T1w to the named grid as uint8; ``window``: the intensities that become 0 and 255, by default :func:`robust_range`.
 
     Raises :class:`VolumeError` for a scan without contrast.
     """
@@ -126,18 +127,20 @@ def conform(volume: Volume, *, grid: str) -> Conformed:
     warnings = volume.warnings + _cut_warning(placement)
     to_native = np.linalg.inv(placement.native_affine) @ placement.affine
     on_grid = tuple(volume.data.shape) == placement.shape and np.allclose(to_native, np.eye(4), atol=NIFTI_EDGE)
-    if on_grid and volume.stored_dtype == "uint8":
+    if on_grid and volume.stored_dtype == "uint8" and window is None:
         data = in_c_order(volume.data.astype(np.uint8))
         if data.min() == data.max():
             raise VolumeError(f"{volume.path}: no contrast, every voxel is {data.flat[0]}; a T1w image is wanted")
         return Conformed(data, placement, warnings)
-    low, high = _robust_range(volume)
+    low, high = window or robust_range(volume)
     scaled = np.clip((volume.data - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
-    resampled = resample_linear(scaled, to_native, placement.shape)
+    resampled = resample_image(scaled, to_native, placement.shape, interpolation=interpolation)
+    if interpolation == "cubic":  # it overshoots
+        resampled = np.clip(resampled, 0, 255)
     return Conformed(np.rint(resampled).astype(np.uint8), placement, warnings)
 
 
-def _robust_range(volume: Volume) -> tuple[float, float]:
+def robust_range(volume: Volume) -> tuple[float, float]:
     """The intensities that become 0 and 255: the 0.1 % point of all voxels, the 99.9 % point of those above it."""
     values = volume.data.reshape(-1)
     low = float(np.quantile(values, 0.001, method="lower"))
@@ -187,7 +190,7 @@ def probabilities_to_native(probabilities: np.ndarray, placement: Placement) -> 
     winner = np.zeros(placement.native_shape, dtype=np.uint8)
     best = None
     for index, one in enumerate(probabilities):
-        native = resample_linear(np.asarray(one, dtype=np.float32), to_grid, placement.native_shape)
+        native = resample_image(np.asarray(one, dtype=np.float32), to_grid, placement.native_shape)
         if best is None:
             best = native.copy()  # on the same grid it is a view of the argument
             continue

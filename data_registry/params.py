@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_registry import conform, protocol
 from data_registry.errors import InputError
+from data_registry.intensity import Intensity
 
 
 class Section(BaseModel):
@@ -23,6 +24,13 @@ class Section(BaseModel):
 
 
 Settings = TypeVar("Settings", bound=Section)
+
+
+def LeftOutIf(default: str) -> object:
+    """A key that came later counts in no fingerprint while it has its first value: shards and folds made before it stand."""
+    return Field(exclude_if=lambda value: value == default)
+
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -39,11 +47,15 @@ class Harmonise(Section):
 
     grid: str = "1mm"
     """1mm, any size as <x>mm, min (FastSurfer's rule) or native."""
-    intensity: Literal["robust"] = "robust"
+    intensity: Intensity = "robust"
+    """From one scan alone, see data_registry/intensity.py. n4: its bias field is divided out first. whitestripe: its white matter gets one
+    grey level. n4_whitestripe: one after the other."""
+    interpolation: Annotated[conform.Interpolation, LeftOutIf("linear")] = "linear"
+    """How a T1w reaches the grid."""
     labels: Literal["majority", "nearest"] = "majority"
     """How label maps reach a coarser grid."""
     block_protocols: tuple[str, ...] = ("lod7",)
-    """Protocols whose class counts are stored for each block, for the coarse stage."""
+    """Protocols whose classes are stored beside the source ids, and their counts for each block, for the coarse stage."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")
@@ -111,6 +123,8 @@ class Train(Section):
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
     augmentation: Literal["none", "light", "strong", "paper"] = "light"
+    standardise: Annotated[Literal["none", "nyul"], LeftOutIf("none")] = "none"
+    """nyul: intensities go to a standard scale, fitted on the fold's training scans alone, see data_registry/nyul.py."""
     network: dict = {}
     """Overrides of the network's own configuration, e.g. widths."""
     reduce_patience: Count = 5

@@ -86,6 +86,7 @@ def load(name: str) -> Protocol:
     table = np.full(65536, _UNNAMED, dtype=np.uint16)
     for row in rows:
         table[int(row["source_id"])] = int(row["class"])
+    assert table[0] == 0, f"{path}: id 0 is not the background"
     table.flags.writeable = False
     ordered = [classes[i] for i in range(len(classes))]
     return Protocol(

@@ -4,7 +4,8 @@ A shard holds scans of one site only, so that withdrawing or holding out a site 
 
 - ``t1w_x1, t1w_x2, t1w_x4``: uint8 T1w, (D, H, W) LIA, and max-pooled by 2 and 4 (LOD-Brain's own pooling);
 - ``<source>_x1``: uint16 source label ids, (D, H, W), null where the scan has none;
-- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for protocols that ask for it.
+- ``<protocol>_classes_x1``: uint8 classes, (D, H, W), for protocols that ask for it: half of the bytes, and nothing to look up on read;
+- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for the same protocols.
 
 Arrays are C-order bytes; their shapes follow from the file's ``side`` and the column's factor. Who trains the coarse level reads its
 columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
@@ -67,6 +68,19 @@ def pooled(data: np.ndarray, factor: int) -> np.ndarray:
     [[[7]]]
     """
     return _blockwise(np.maximum, data, factor)
+
+
+def classes_of(ids: np.ndarray, protocol: protocols.Protocol, *, where: str = "labels") -> np.ndarray:
+    """As :meth:`Protocol.classes_of`, looking up the box around labels alone: id 0 is background in every protocol.
+
+    >>> classes_of(np.array([[[0, 0, 2], [0, 0, 16]]], dtype=np.uint16), protocols.load("lod7")).tolist()
+    [[[0, 0, 3], [0, 0, 6]]]
+    """
+    box = bounding_box(ids)
+    part = protocol.classes_of(ids[box], where=where)
+    classes = np.zeros(ids.shape, dtype=part.dtype)
+    classes[box] = part
+    return classes
 
 
 def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
@@ -132,7 +146,7 @@ def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str], *,
             present = [name for name in columns if name in file.schema_arrow.names]
             table = file.read_row_group(row_group, columns=["scan_id", *present], use_threads=False)
         came = table["scan_id"][0].as_py()
-        arrays = {name: _array(table[name][0], name, side) for name in present if table[name][0].is_valid}
+        arrays = {name: _array(table[name].chunk(0), name, side) for name in present if not table[name].null_count}
     except FileNotFoundError:
         raise MissingShard(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
     except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError) as error:
@@ -158,10 +172,13 @@ def damage(path: str | os.PathLike) -> str | None:
     return None
 
 
-def _array(value: pa.Scalar, name: str, side: int) -> np.ndarray:
+def _array(cell: pa.LargeBinaryArray, name: str, side: int) -> np.ndarray:
+    """The array of a column's one cell, over the bytes that Arrow has decompressed: taking the cell as a value would copy them."""
     stem, factor = name.rsplit("_x", 1)
     shape = (side // int(factor),) * 3
     if stem != "t1w" and int(factor) > 1:
         shape = (protocols.load(stem).classes, *shape)
-    kind = np.uint16 if stem != "t1w" and int(factor) == 1 else np.uint8
-    return np.frombuffer(value.as_buffer(), dtype=kind).reshape(shape)
+    kind = np.uint8 if stem == "t1w" or stem.endswith("_classes") or int(factor) > 1 else np.uint16
+    _, offsets, content = cell.buffers()
+    first, end = np.frombuffer(offsets, np.int64)[cell.offset : cell.offset + 2]
+    return np.frombuffer(content[first:end], dtype=kind).reshape(shape)

@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -189,7 +190,8 @@ def import_weights(
     out = _new_file(out or file.with_suffix(".pt"))
     found = usable_weights(file)
     with _writing(out):
-        weights.save(out, found.network, name=found.name, protocol=found.protocol, grid=found.grid, provenance=found.provenance)
+        about = {"name": found.name, "protocol": found.protocol, "grid": found.grid, "preparation": found.preparation}
+        weights.save(out, found.network, **about, provenance=found.provenance)
 
 
 @weights_app.command("export")
@@ -236,6 +238,7 @@ def _facts(path: Path) -> dict:
         "network": found.name,
         "protocol": found.protocol,
         "grid": found.grid,
+        "preparation": asdict(found.preparation),
         "parameters": sum(p.numel() for p in found.network.parameters()),
         "hash": found.hash,
         "licence": found.provenance.get("licence"),

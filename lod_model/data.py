@@ -3,9 +3,10 @@
 The order of an epoch is a pure function of (seed, epoch); the parameters of an augmentation of (seed, epoch, sample).
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
+from data_registry import nyul
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
+from data_registry.intensity import ROBUST, Preparation, moments
 from data_registry.params import Resources
-from data_registry.schema import read_table
+from data_registry.schema import read_table, table_metadata
 from data_registry.shard_store import ShardStore, open_store
-from data_registry.shards import block_counts, pooled
+from data_registry.shards import block_counts, classes_of, pooled
 from lod_model.augment import augment, sample_seed
 
 COARSE_FACTOR = 4
@@ -41,16 +44,32 @@ class Scan:
     deviation: float
     voxel_mm: float
     label_sources: tuple[str, ...]
+    histogram: np.ndarray = field(compare=False, repr=False)
+    """(256,) voxels of each intensity, as stored."""
+    table: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """(256,) uint8, never decreasing: what stored intensities become on read; null: they stay."""
 
     def t1w(self, factor: int = 1) -> np.ndarray:
-        """(D/f, H/f, W/f) uint8, max-pooled by ``factor``."""
-        return self._read(f"t1w_x{factor}")[f"t1w_x{factor}"]
+        """(D/f, H/f, W/f) uint8, max-pooled by ``factor``; a table that never decreases gives the same before and after pooling."""
+        stored = self._read(f"t1w_x{factor}")[f"t1w_x{factor}"]
+        return stored if self.table is None else self.table[stored]
+
+    def standardised(self, scale: tuple[float, ...] | None) -> "Scan":
+        """The scan on a standard scale, with its moments there; itself where there is no scale."""
+        if scale is None:
+            return self
+        table = nyul.table_for(self.histogram, scale)
+        mean, deviation = moments(nyul.mapped(self.histogram, table))
+        return replace(self, table=table, mean=mean, deviation=deviation)
 
     def classes(self, protocol: protocols.Protocol) -> np.ndarray:
-        """(D, H, W) uint8 classes of the protocol, from the first of its sources that the scan has."""
+        """(D, H, W) uint8 classes of the protocol: as stored, or from the first of its sources that the scan has."""
+        name = f"{protocol.name}_classes_x1"
+        if stored := self._read(name):
+            return stored[name]
         source = next(source for source in protocol.sources if source in self.label_sources)
         ids = self._read(f"{source}_x1")[f"{source}_x1"]
-        return protocol.classes_of(ids, where=f"{self.store.where(self.shard)}, {self.scan_id}")
+        return classes_of(ids, protocol, where=f"{self.store.where(self.shard)}, {self.scan_id}")
 
     def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
         """(C, D/f, H/f, W/f) float32: the share of each class in each block."""
@@ -70,6 +89,7 @@ def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Sc
     store = open_store(resources)
     places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
     samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
+    histograms = {scan_id: np.array(row["histogram"]) for scan_id, row in samples.items()}
     folds: dict[int, dict[str, list[Scan]]] = {}
     for row in sorted(read_table(TABLES / "split.parquet", "split").to_pylist(), key=lambda row: (row["fold"], row["scan_id"])):
         sample = samples.get(row["scan_id"])
@@ -79,9 +99,17 @@ def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Sc
             scan_id=row["scan_id"], database=sample["database"], site=sample["site"], place=places[row["scan_id"]],
             store=store, shard=sample["shard"], shard_sha256=sample["shard_sha256"], row_group=sample["row_group"],
             mean=sample["mean"], deviation=sample["deviation"], voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
+            histogram=histograms[row["scan_id"]],
         )  # fmt: skip
         folds.setdefault(row["fold"], {}).setdefault(row["role"], []).append(scan)
     return folds
+
+
+def preparation(roles: dict[str, list[Scan]], *, standardise: str) -> Preparation:
+    """What the shards' scans went through, as their table says, and the standard scale of a fold: fitted on its role ``train`` alone."""
+    note = table_metadata(TABLES / "samples.parquet").get("preparation")
+    made = Preparation(**json.loads(note)) if note else ROBUST
+    return replace(made, scale=nyul.fit(scan.histogram for scan in roles["train"])) if standardise == "nyul" else made
 
 
 class SampleDataset(Dataset):

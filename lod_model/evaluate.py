@@ -8,7 +8,7 @@ split and data stand already are kept. The worst held-out cases go to ``tables/c
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import RESULTS, read_table, table_metadata, write_table
 from lod_model import metrics
-from lod_model.data import TABLES, Scan, all_folds
+from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 from lod_model.train import finished, fold_folder, run_key, tracking_tags, training_identity
 
@@ -120,6 +120,12 @@ def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iter
                 f"{path}: weights for grid {reference.grid} and protocol {reference.protocol}; "
                 f"this project's are {params.harmonise.grid} and {params.train.protocol} (evaluate.reference_weights)"
             )
+        own, theirs = preparation(roles, standardise="none"), replace(reference.preparation, scale=None)  # a scale is applied on read
+        if own != theirs:
+            raise InputError(
+                f"{path}: weights for intensity {theirs.intensity} and {theirs.interpolation} interpolation; "
+                f"this project's shards are {own.intensity} and {own.interpolation} (evaluate.reference_weights)"
+            )
         yield _network_contender(reference, f"reference-{path.stem}", None, fold, params)
 
 
@@ -130,6 +136,7 @@ def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Pa
     loaded.network.to(best_device())
 
     def classes(scan: Scan) -> np.ndarray:
+        scan = scan.standardised(loaded.preparation.scale)
         probabilities = predict(loaded.network, scan.t1w(), mean=scan.mean, deviation=scan.deviation, threads=params.resources.threads)
         return postprocess(probabilities, method=params.evaluate.postprocess).argmax(axis=0).astype(np.uint8)
 

@@ -1,7 +1,7 @@
 """Weights for other programs: safetensors, which ``weights.load`` reads back bit for bit, and ONNX of the network as written.
 
-Both carry as strings what a checkpoint carries: format, network, config, protocol, grid, provenance (config and provenance as JSON), and
-the hash of the tensors.
+Both carry as strings what a checkpoint carries: format, network, config, protocol, grid, preparation, provenance (config, preparation and
+provenance as JSON), and the hash of the tensors.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import warnings
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def metadata(found: Weights) -> dict[str, str]:
         "config": json.dumps(found.network.config.to_dict()),
         "protocol": found.protocol,
         "grid": found.grid,
+        "preparation": json.dumps(asdict(found.preparation)),
         "provenance": json.dumps(found.provenance, ensure_ascii=False),
         "hash": found.hash,
     }

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from data_registry import intensity
 from data_registry.errors import InputError
 from lod_model.engine import FastLODBrain, compile_network
 from lod_model.networks.lod_brain import LODBrain
@@ -119,10 +120,7 @@ def moments(conformed: np.ndarray) -> tuple[float, float]:
     >>> moments(np.array([0, 0, 10, 10], dtype=np.uint8))
     (5.0, 5.0)
     """
-    counts = np.bincount(conformed.reshape(-1), minlength=256)  # (256,)
-    values = np.arange(len(counts), dtype=np.float64)
-    mean = float((counts * values).sum() / conformed.size)
-    return mean, float(np.sqrt((counts * (values - mean) ** 2).sum() / conformed.size))
+    return intensity.moments(np.bincount(conformed.reshape(-1), minlength=256))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +29,10 @@ from typing import Any, Literal
 import numpy as np
 
 from data_registry import protocol as protocols
-from data_registry.conform import Conformed, conform, parse_grid, probabilities_to_native
+from data_registry.conform import Conformed, parse_grid, probabilities_to_native
 from data_registry.errors import InputError
 from data_registry.files import sha256
+from data_registry.intensity import prepare
 from data_registry.volume import Volume, load_image
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
@@ -141,7 +142,7 @@ def classes_of(
 
     That the scan is larger than the grid touches the labels only if they reach the grid's edge: beyond it is mostly air.
     """
-    conformed = conform(scan, grid=weights.grid)
+    conformed = prepare(scan, grid=weights.grid, preparation=weights.preparation)
     probabilities = predict(weights.network, conformed.data, threads=threads)  # (C, D, H, W)
     classes, grave = _native_classes(probabilities, scan, conformed, postprocess)
     return classes, conformed.warnings, grave
@@ -191,11 +192,11 @@ def _run(
     outcomes, writing = [], None
     with _worker() as reader, _worker() as writer:
         writer.submit(importlib.import_module, "lod_model.overlay")
-        reading = reader.submit(_read, jobs[0], weights.grid)
+        reading = reader.submit(_read, jobs[0], weights)
         for job, after in zip(jobs, [*jobs[1:], None], strict=True):
             reading.result()
             if after:
-                reading = reader.submit(_read, after, weights.grid)
+                reading = reader.submit(_read, after, weights)
             _compute(job, weights, threads)
             if writing:
                 outcomes.append(writing.result())
@@ -220,11 +221,11 @@ def _stand_back() -> None:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS))
 
 
-def _read(job: _Job, grid: str) -> None:
+def _read(job: _Job, weights: weight_files.Weights) -> None:
     with job.stage():
         job.sidecar["input_sha256"] = sha256(job.path)
         job.scan = load_image(job.path)
-        job.conformed = conform(job.scan, grid=grid)
+        job.conformed = prepare(job.scan, grid=weights.grid, preparation=weights.preparation)
 
 
 def _compute(job: _Job, weights: weight_files.Weights, threads: int | None) -> None:
@@ -282,6 +283,7 @@ def _about(weights: weight_files.Weights, postprocess: str) -> dict:
         "weights_hash": weights.hash,
         "weights_file": str(weights.path) if weights.path else None,
         "grid": weights.grid,
+        "preparation": asdict(weights.preparation),
         "protocol": weights.protocol,
         "postprocess": postprocess,
         "software": f"lodbrain {version('lodbrain')}",

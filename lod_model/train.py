@@ -21,7 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, Windows, all_folds
+from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, Windows, all_folds, preparation
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
@@ -114,6 +114,8 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     from lod_model import weights
 
     begin, stages = time.perf_counter(), {}
+    prepared = preparation(roles, standardise=params.train.standardise)
+    roles = {role: [scan.standardised(prepared.scale) for scan in roles.get(role, [])] for role in ("train", "val")}
     net, names = None, [level for level in ("coarse", "fine") if getattr(params.train, level).epochs]
     for level in names:
         net = _grown(network, level, net, params)
@@ -133,7 +135,8 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
     }  # fmt: skip
-    weights.save(folder / "weights.pt", net, name=network, protocol=params.train.protocol, grid=params.harmonise.grid, provenance=provenance)
+    about = {"name": network, "protocol": params.train.protocol, "grid": params.harmonise.grid}
+    weights.save(folder / "weights.pt", net, **about, preparation=prepared, provenance=provenance)
     tracker.metrics(child, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})
     tracker.finish(child)
     for level in names:

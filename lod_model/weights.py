@@ -3,11 +3,11 @@
 Our checkpoint is one ``.pt`` file of tensors and plain values, read with ``weights_only=True``, so that opening one runs
 no code that it carries:
 
-    {format: 1, network: {name, config}, protocol, grid, state: {name: tensor}, provenance: {...}}
+    {format: 1, network: {name, config}, protocol, grid, preparation: {...}, state: {name: tensor}, provenance: {...}}
 
-A safetensors file has the same in its metadata, config and provenance as JSON (:mod:`lod_model.export` writes it).
-
-``protocol`` says what the classes mean, ``grid`` on which voxels the network was trained. The state that a run resumes
+A safetensors file has the same in its metadata, config, preparation and provenance as JSON (:mod:`lod_model.export` writes it).
+``protocol`` says what the classes mean, ``grid`` on which voxels the network was trained, ``preparation`` what their intensities had gone
+through (:class:`data_registry.intensity.Preparation`; the defaults where a file says nothing). The state that a run resumes
 from (optimiser, epoch, random state) is another file and not read here.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.intensity import ROBUST, Preparation
 from lod_model import networks
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 
@@ -51,11 +52,12 @@ class WeightsError(InputError):
 class Weights:
     """A network ready to predict, in eval mode on the CPU, and what is known of it.
 
-    name        key of ``networks.NETWORKS``
-    protocol    label protocol of its classes, such as ``lod7``
-    grid        grid it was trained on, such as ``1mm``
-    hash        ``weights_hash`` of its tensors: the same for a .pt, the .h5 it came from and the .safetensors made of it
-    provenance  plain values: source, licence, citation, run, data, ...
+    name         key of ``networks.NETWORKS``
+    protocol     label protocol of its classes, such as ``lod7``
+    grid         grid it was trained on, such as ``1mm``
+    hash         ``weights_hash`` of its tensors: the same for a .pt, the .h5 it came from and the .safetensors made of it
+    provenance   plain values: source, licence, citation, run, data, ...
+    preparation  what its scans' intensities went through, but for the z-score
     """
 
     network: nn.Module
@@ -65,6 +67,7 @@ class Weights:
     hash: str
     provenance: dict[str, Any]
     path: Path
+    preparation: Preparation = ROBUST
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -83,7 +86,9 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(path: str | Path, network: nn.Module, *, name: str, protocol: str, grid: str, provenance: dict[str, Any]) -> Path:
+def save(
+    path: str | Path, network: nn.Module, *, name: str, protocol: str, grid: str, provenance: dict[str, Any], preparation: Preparation = ROBUST
+) -> Path:
     """Write the checkpoint at ``path``, whole or not at all. ``provenance`` holds plain values, lists and dicts only."""
     path = Path(path)
     if name not in networks.NETWORKS:
@@ -94,6 +99,7 @@ def save(path: str | Path, network: nn.Module, *, name: str, protocol: str, grid
         "network": {"name": name, "config": network.config.to_dict()},
         "protocol": protocol,
         "grid": grid,
+        "preparation": asdict(preparation),
         "state": {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()},
         "provenance": provenance,
     }
@@ -166,6 +172,7 @@ def _read_safetensors(path: Path) -> object:
     try:
         config, provenance = json.loads(meta["config"]), json.loads(meta["provenance"])
         plain = {"protocol": meta["protocol"], "grid": meta["grid"], "provenance": provenance}
+        plain |= {"preparation": json.loads(meta["preparation"])} if "preparation" in meta else {}
         return {"format": FORMAT, "network": {"name": meta["network"], "config": config}, "state": state, **plain}
     except KeyError as error:
         raise WeightsError(f"{path}: no {error.args[0]} in its metadata") from None
@@ -175,7 +182,7 @@ def _read_safetensors(path: Path) -> object:
 
 def _built(content: object, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint's content, each part of which is checked."""
-    if not isinstance(content, dict) or set(content) != set(KEYS):
+    if not isinstance(content, dict) or set(content) | {"preparation"} != {*KEYS, "preparation"}:
         came = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{path}: has {came[:200] or 'nothing'}; wanted {', '.join(KEYS)}")
     if content["format"] != FORMAT:
@@ -191,7 +198,11 @@ def _built(content: object, path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (ValueError, TypeError) as error:
         raise WeightsError(f"{path}: {_first_line(error)}") from None
     _fill(built, state, path)
-    meta = {"name": network["name"], **{key: content[key] for key in ("protocol", "grid", "provenance")}}
+    try:
+        preparation = Preparation(**content.get("preparation", {}))   # files from before there was a choice have none
+    except (TypeError, InputError) as error:
+        raise WeightsError(f"{path}: preparation: {_first_line(error)}") from None
+    meta = {"name": network["name"], "preparation": preparation, **{key: content[key] for key in ("protocol", "grid", "provenance")}}
     return built, meta
 
 

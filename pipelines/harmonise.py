@@ -14,17 +14,20 @@ cluster, or as a job, whose own folder is a copy of the code: hence ``--project`
 """
 
 import argparse
+import json
 import logging
 import os
 import platform
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
+from data_registry.intensity import ROBUST, Preparation, moments, prepare
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore, ShardStore, open_store
@@ -37,7 +40,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -72,7 +75,9 @@ def harmonise() -> None:
     sides = sorted({row["shape"][0] for row in samples if row["status"] == "ok"})
     if len(sides) > 1:
         raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
-    write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]))
+    preparation = _preparation(params.harmonise)
+    note = {} if preparation == ROBUST else {"preparation": json.dumps(asdict(preparation))}  # who trains reads what the shards are
+    write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]), metadata=note)
     store.keep_only({item["shard"] for item in plan})
     clean()
     for leftover in SAMPLES_TABLE.parent.glob(".aside-*"):  # of a run that was killed
@@ -139,9 +144,9 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     """
     edge = conform.parse_grid(settings.grid)
     side = 320 if np.isnan(edge) else conform.FIELD_OF_VIEW_MM / edge
-    classes = sum(protocol.load(name).classes for name in settings.block_protocols)
-    blocks = sum(factor**-3 for factor in shards.FACTORS)
-    stored = sum(blocks + 2 * len(scan["labels"]) + classes * (blocks - 1) for scan in scans)
+    levels = sum(factor**-3 for factor in shards.FACTORS)
+    classes = sum(1 + protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
+    stored = sum(levels + 2 * len(scan["labels"]) + classes for scan in scans)
     return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
 
 
@@ -182,7 +187,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     Raises :class:`InputError` for whatever keeps the scan out.
     """
     volume = load_image(root / scan["t1w_path"])
-    conformed = conform.conform(volume, grid=settings.grid)
+    conformed = prepare(volume, grid=settings.grid, preparation=_preparation(settings))
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
     warnings = list(conformed.warnings)
@@ -205,12 +210,12 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
             continue
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
         classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
+        arrays[f"{name}_classes_x1"] = classes
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
     histogram = np.bincount(t1w.ravel(), minlength=256)
-    levels = np.arange(256)
-    mean = float((histogram * levels).sum() / t1w.size)  # exact: integers until the division
+    mean, deviation = moments(histogram)
     sample = _identity(scan, settings) | {
         "warnings": warnings,
         "label_sources": [label["source"] for label in scan["labels"] if f"{label['source']}_x1" in arrays],
@@ -220,7 +225,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "native_shape": list(placement.native_shape),
         "native_affine": placement.native_affine.ravel().tolist(),
         "mean": mean,
-        "deviation": float(np.sqrt((histogram * (levels - mean) ** 2).sum() / t1w.size)),
+        "deviation": deviation,
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
     }
@@ -230,6 +235,10 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
 def _folders(store: ShardStore) -> list[Path]:
     """Where the store is folders of a file system, that every node must see."""
     return [store.root] if isinstance(store, FolderStore) else []
+
+
+def _preparation(settings: Harmonise) -> Preparation:
+    return Preparation(settings.intensity, settings.interpolation)
 
 
 def _identity(scan: dict, settings: Harmonise) -> dict:

@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from data_registry.errors import InputError
+from data_registry.intensity import Preparation
 from lod_model import weights as weight_files
 from lod_model.cli import app
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
@@ -19,7 +20,8 @@ def models(tmp_path, monkeypatch):
     for name, licence in (("lod7-rendered", "Apache-2.0"), ("another", None)):
         network = LODBrain(LODBrainConfig(widths=(2, 2, 4)))
         provenance = {"licence": licence} if licence else {}
-        weight_files.save(folder / f"{name}.pt", network, name="lod_brain", protocol="lod7", grid="8mm", provenance=provenance)
+        about = {"name": "lod_brain", "protocol": "lod7", "grid": "8mm", "preparation": Preparation("n4" if name == "another" else "robust")}
+        weight_files.save(folder / f"{name}.pt", network, **about, provenance=provenance)
     monkeypatch.setattr(weight_files, "PACKAGED", folder)
     return folder
 

@@ -99,7 +99,7 @@ def test_agrees_with_an_independent_resampler(voxel_mm):
     affine = oriented((2, 0, 1), (1, -1, -1), shape=shape, voxel_mm=voxel_mm, tilt_degrees=7)
     data = np.random.default_rng(0).random(shape).astype(np.float32) * 255
     placement = conform.place_grid(Volume(data, affine), "0.9mm")
-    ours = resample.resample_linear(data, np.linalg.inv(affine) @ placement.affine, placement.shape)
+    ours = resample.resample_image(data, np.linalg.inv(affine) @ placement.affine, placement.shape)
     theirs = simple_itk(data, affine, placement, sitk.sitkLinear)
     assert np.abs(ours - theirs).max() < 0.5
     assert ours.std() > 10
@@ -129,7 +129,7 @@ def test_coarser_grid_averages_instead_of_aliasing():
     index = np.indices((64, 64, 64)).sum(axis=0) % 2
     affine = oriented((0, 2, 1), (-1, -1, 1), shape=index.shape)
     placement = conform.place_grid(Volume(index, affine), "4mm")
-    out = resample.resample_linear((index * 200).astype(np.float32), np.linalg.inv(affine) @ placement.affine, placement.shape)
+    out = resample.resample_image((index * 200).astype(np.float32), np.linalg.inv(affine) @ placement.affine, placement.shape)
     inside = out[26:38, 26:38, 26:38]
     assert np.allclose(inside, 100, atol=1)
 
@@ -140,7 +140,7 @@ def test_a_linear_ramp_stays_a_ramp():
     ramp = np.broadcast_to(np.arange(30.0, dtype=np.float32)[:, None, None], shape)
     placement = conform.place_grid(Volume(ramp, affine), "1mm")
     to_native = np.linalg.inv(affine) @ placement.affine
-    out = resample.resample_linear(ramp, to_native, placement.shape)
+    out = resample.resample_image(ramp, to_native, placement.shape)
     where = to_native[0, 0] * np.arange(256) + to_native[0, 3]
     inside = (where > 0) & (where < 29)
     assert np.allclose(out[inside, 128, 128], where[inside], atol=1e-4)

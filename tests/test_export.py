@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data_registry.errors import InputError
+from data_registry.intensity import ROBUST, Preparation
 from lod_model import export, networks
 from lod_model.export import MeanOfMeansGroupNorm, grid_side, write_onnx, write_safetensors
 from lod_model.networks.group_norm import GroupNorm
@@ -39,7 +40,7 @@ def found_of(tmp_path, case: str = "two levels", **changes):
 
 @pytest.mark.parametrize("case", SMALL)
 def test_safetensors_come_back_bit_for_bit(tmp_path, case):
-    before = found_of(tmp_path, case)
+    before = found_of(tmp_path, case, preparation=Preparation("whitestripe", "cubic", tuple(range(10, 230, 20))))
     after = load(write_safetensors(tmp_path / "w.safetensors", before))
     assert replace(after, network=None, path=None) == replace(before, network=None, path=None)
     assert after.network.config == before.network.config and not after.network.training
@@ -57,6 +58,15 @@ def test_safetensors_say_what_they_are_to_any_reader(tmp_path):
     assert set(header) == set(found.network.state_dict())
     assert (meta["network"], meta["protocol"], meta["grid"], meta["hash"]) == ("lod_brain", "lod7", "1mm", found.hash)
     assert json.loads(meta["config"]) == found.network.config.to_dict() and json.loads(meta["provenance"]) == PROVENANCE
+
+
+def test_safetensors_without_a_preparation_mean_robust(tmp_path):
+    from safetensors.torch import save_file
+
+    found, path = found_of(tmp_path, preparation=Preparation("n4")), tmp_path / "w.safetensors"
+    meta = {key: value for key, value in export.metadata(found).items() if key != "preparation"}
+    save_file({name: tensor.contiguous() for name, tensor in found.network.state_dict().items()}, path, meta)
+    assert load(path).preparation == ROBUST
 
 
 def test_safetensors_that_are_not_ours_are_one_line(tmp_path):
@@ -79,6 +89,7 @@ def test_safetensors_that_are_not_ours_are_one_line(tmp_path):
     refused(f"wanted {weights_hash(changed)}, that of its tensors", changed)
     refused("no grid in its metadata", meta={key: value for key, value in meta.items() if key != "grid"})
     refused("metadata that is not JSON", meta=meta | {"config": "{"})
+    refused("intensity is 'n5'", meta=meta | {"preparation": '{"intensity": "n5"}'})
     refused("'vnet' is not known", meta=meta | {"network": "vnet"})
     refused("network is not {name, config}", meta=meta | {"config": "[]"})
     refused("provenance is a list, wanted a dict", meta=meta | {"provenance": "[]"})

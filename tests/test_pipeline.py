@@ -57,11 +57,12 @@ def test_shards_hold_what_conform_gives(project):
     row = samples_of(project)["beta_sub-01"]
     conformed = conform(load_image(root / "sub-01/anat/sub-01_T1w.nii.gz"), grid="8mm")
     labels = load_labels(root / "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz")
-    read = shards.read_row(project / "shards" / row["shard"], row["row_group"], ["t1w_x1", "t1w_x4", "aparc_aseg_x1", "lod7_x4"])
+    read = shards.read_row(project / "shards" / row["shard"], row["row_group"], ["t1w_x1", "t1w_x4", "aparc_aseg_x1", "lod7_classes_x1", "lod7_x4"])
     assert np.array_equal(read["t1w_x1"], conformed.data)
     assert np.array_equal(read["aparc_aseg_x1"], labels_to_grid(labels, conformed.placement))
     assert np.array_equal(read["t1w_x4"], shards.pooled(conformed.data, 4))
     classes = protocol.load("lod7").classes_of(read["aparc_aseg_x1"])
+    assert np.array_equal(read["lod7_classes_x1"], classes) and read["lod7_classes_x1"].dtype == np.uint8
     assert np.array_equal(read["lod7_x4"], shards.block_counts(classes, 4, 7))
     assert row["mean"] == pytest.approx(conformed.data.mean()) and row["deviation"] == pytest.approx(conformed.data.std())
     assert np.allclose(np.reshape(row["affine"], (4, 4)), conformed.placement.affine)

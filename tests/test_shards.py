@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from data_registry import protocol, shards
+from data_registry.errors import InputError
 
 
 @pytest.fixture
@@ -45,6 +46,17 @@ def test_levels_of_detail_by_brute_force(rows):
     classes = protocol.load("lod7").classes_of(ids)
     assert rows[0]["lod7_x4"][:, 1, 2, 3].tolist() == np.bincount(classes[4:8, 8:12, 12:16].ravel(), minlength=7).tolist()
     assert (rows[0]["lod7_x4"].sum(axis=0) == 64).all()
+
+
+def test_classes_of_the_box_around_labels():
+    """As without the box: a label in a corner, none at all, and an id that the protocol does not name."""
+    lod7, ids = protocol.load("lod7"), np.zeros((4, 5, 6), np.uint16)
+    assert not shards.classes_of(ids, lod7).any() and shards.classes_of(ids, lod7).dtype == np.uint8
+    ids[3, 1, 5], ids[1, 4, 0] = 16, 1012
+    assert np.array_equal(shards.classes_of(ids, lod7), lod7.classes_of(ids)) and shards.classes_of(ids, lod7)[3, 1, 5] == 6
+    ids[2, 2, 2] = 9999
+    with pytest.raises(InputError, match=r"s1: label id 9999 \(1 voxels\)"):
+        shards.classes_of(ids, lod7, where="s1")
 
 
 def test_damage_is_found_by_checksum(tmp_path, rows):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from data_registry.errors import InputError
+from data_registry.intensity import ROBUST, Preparation
 from lod_model import weights
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 from lod_model.weights import WeightsError, import_keras, load, save, weights_hash
@@ -87,6 +88,31 @@ def test_round_trip(small, saved):
     x = torch.randn(1, 1, 8, 8, 8)
     assert torch.equal(found.network(x), small(x))
     assert [p.name for p in saved.parent.iterdir()] == ["w.pt"]
+
+
+def test_the_preparation_comes_back_and_a_file_without_one_means_robust(small, saved):
+    assert load(saved).preparation == ROBUST
+    content = torch.load(saved, weights_only=True)
+    del content["preparation"]
+    torch.save(content, saved)
+    assert load(saved).preparation == ROBUST
+    chosen = Preparation("n4_whitestripe", "cubic", tuple(np.linspace(9.5, 200.25, 11).tolist()))
+    about = {"name": "lod_brain", "protocol": "lod7", "grid": "1mm", "provenance": {}}
+    assert load(save(saved, small, **about, preparation=chosen)).preparation == chosen
+
+
+@pytest.mark.parametrize(
+    ("preparation", "words"),
+    [
+        ({"intensity": "n5"}, "intensity is 'n5'; one of robust, n4"),
+        ({"scale": [1, 2]}, "scale is [1, 2]; 11 landmarks"),
+        ({"bias": 1}, "unexpected keyword argument 'bias'"),
+        (None, "must be a mapping"),
+    ],
+)
+def test_a_preparation_that_is_none_is_one_line(saved, preparation, words):
+    torch.save(torch.load(saved, weights_only=True) | {"preparation": preparation}, saved)
+    one_line(saved, "preparation: ", words)
 
 
 def test_the_name_of_a_file_does_not_matter(saved):

@@ -4,8 +4,8 @@
 
 Every way holds the same real scans, conformed to 1 mm, and gives T1w and lod7 classes as (256, 256, 256) uint8:
 
-- ``shard``: T1w and source ids (uint16) of a row, ids mapped through the protocol; ``source ids``: without the mapping; ``× 4``: the coarse
-  stage's columns alone, T1w and class counts. zstd level 1, Parquet's own, with checksums verified;
+- ``shard``: T1w and classes of a row; ``ids mapped``: T1w and source ids (uint16), mapped through the protocol, as for a protocol whose
+  classes are not stored; ``× 4``: the coarse stage's columns alone, T1w and class counts. zstd level 1, Parquet's own, checksums verified;
 - ``two .nii.gz``: T1w and source ids through nibabel, ids mapped; gzip;
 - ``MONAI``: a PersistentDataset's cache of T1w and classes; not compressed, it offers none;
 - ``litData``: T1w and classes, a chunk a scan, zstd level 1;
@@ -83,7 +83,8 @@ def volumes(data: Path, number: int) -> list[Volumes]:
         classes = table.classes_of(ids)
         pooled = {f"t1w_x{factor}": shards.pooled(conformed.data, factor) for factor in shards.FACTORS}
         counts = {f"lod7_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
-        made.append(pooled | counts | {"aparc_aseg_x1": ids.astype(np.uint16), "classes": classes})
+        arrays = pooled | counts | {"aparc_aseg_x1": ids.astype(np.uint16), "lod7_classes_x1": classes}
+        made.append({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     if not made:
         sys.exit(f"error: {data}: no scan with FreeSurfer labels below bids/; --data wants a folder that has some")
     return [made[index % len(made)] for index in range(number)]
@@ -92,21 +93,20 @@ def volumes(data: Path, number: int) -> list[Volumes]:
 def write_shard(folder: Path, scans: list[Volumes]) -> None:
     from data_registry import shards
 
-    rows = [{"scan_id": str(i), **{key: array for key, array in scan.items() if key != "classes"}} for i, scan in enumerate(scans)]
+    rows = [{"scan_id": str(i), **scan} for i, scan in enumerate(scans)]
     shards.write_shard(folder / "part-000.parquet", rows, side=256, metadata={})
 
 
-def open_shard(*columns: str) -> Callable[[Path], Reader]:
+def open_shard(*columns: str, mapped: bool = False) -> Callable[[Path], Reader]:
     def opened(folder: Path) -> Reader:
         from data_registry import protocol
-        from data_registry.shards import read_row
+        from data_registry.shards import classes_of, read_row
 
-        table, mapped = protocol.load("lod7"), columns[-1] == "classes"
-        stored = [*columns[:-1], "aparc_aseg_x1"] if mapped else list(columns)
+        table = protocol.load("lod7")
 
         def read(index: int) -> tuple[np.ndarray, np.ndarray]:
-            t1w, labels = read_row(folder / "part-000.parquet", index, stored).values()
-            return t1w, table.classes_of(labels) if mapped else labels
+            t1w, labels = read_row(folder / "part-000.parquet", index, columns).values()
+            return t1w, classes_of(labels, table) if mapped else labels
 
         return read
 
@@ -125,19 +125,20 @@ def open_nifti(folder: Path) -> Reader:
     import nibabel
 
     from data_registry import protocol
+    from data_registry.shards import classes_of
 
     table = protocol.load("lod7")
 
     def volume(name: str) -> np.ndarray:
         return np.asanyarray(nibabel.load(folder / f"{name}.nii.gz").dataobj)
 
-    return lambda index: (volume(f"{index}_t1w_x1"), table.classes_of(volume(f"{index}_aparc_aseg_x1")))
+    return lambda index: (volume(f"{index}_t1w_x1"), classes_of(volume(f"{index}_aparc_aseg_x1"), table))
 
 
 def write_monai(folder: Path, scans: list[Volumes]) -> None:
     import torch
 
-    dataset = monai_dataset(folder, len(scans), lambda index: tuple(torch.from_numpy(scans[index][key]) for key in ("t1w_x1", "classes")))
+    dataset = monai_dataset(folder, len(scans), lambda index: tuple(torch.from_numpy(scans[index][key]) for key in ("t1w_x1", "lod7_classes_x1")))
     for index in range(len(scans)):
         dataset[index]  # the first time fills its cache
 
@@ -162,7 +163,7 @@ def write_litdata(folder: Path, scans: list[Volumes]) -> None:
 
     writer = BinaryWriter(str(folder / "chunks"), chunk_size=1, compression="zstd:1")
     for index, scan in enumerate(scans):
-        writer[index] = {"t1w": scan["t1w_x1"], "classes": scan["classes"]}
+        writer[index] = {"t1w": scan["t1w_x1"], "lod7_classes_x1": scan["lod7_classes_x1"]}
     writer.done()
     writer.merge()
 
@@ -178,7 +179,7 @@ def write_zarr(folder: Path, scans: list[Volumes]) -> None:
     import zarr
 
     for index, scan in enumerate(scans):
-        for key in ("t1w_x1", "classes", "t1w_x4", "lod7_x4"):
+        for key in ("t1w_x1", "lod7_classes_x1", "t1w_x4", "lod7_x4"):
             compressor = zarr.codecs.ZstdCodec(level=1, checksum=True)
             zarr.create_array(folder / f"{index}_{key}.zarr", data=scan[key], chunks=scan[key].shape, compressors=compressor)
 
@@ -194,13 +195,13 @@ def open_zarr(*keys: str) -> Callable[[Path], Reader]:
 
 WAYS = {
     "shard": ((), write_shard, {
-        "shard": open_shard("t1w_x1", "classes"), "shard, source ids": open_shard("t1w_x1", "aparc_aseg_x1"),
+        "shard": open_shard("t1w_x1", "lod7_classes_x1"), "shard, ids mapped": open_shard("t1w_x1", "aparc_aseg_x1", mapped=True),
         "shard × 4": open_shard("t1w_x4", "lod7_x4"),
     }),
     "two .nii.gz": (("nibabel",), write_nifti, {"two .nii.gz": open_nifti}),
     "MONAI": (("monai",), write_monai, {"MONAI PersistentDataset": open_monai}),
     "litData": (("litdata", "zstd"), write_litdata, {"litData": open_litdata}),
-    "Zarr": (("zarr",), write_zarr, {"Zarr": open_zarr("t1w_x1", "classes"), "Zarr × 4": open_zarr("t1w_x4", "lod7_x4")}),
+    "Zarr": (("zarr",), write_zarr, {"Zarr": open_zarr("t1w_x1", "lod7_classes_x1"), "Zarr × 4": open_zarr("t1w_x4", "lod7_x4")}),
 }  # fmt: skip
 """Name → modules it needs, what writes all scans into a folder, and what opens it: by row of the table."""
 
@@ -208,7 +209,7 @@ WAYS = {
 def check(label: str, reader: Reader, scans: list[Volumes]) -> None:
     """What is compared must be the same volumes."""
     for index, scan in enumerate(scans):
-        wanted = (scan["t1w_x4"], scan["lod7_x4"]) if "× 4" in label else (scan["t1w_x1"], scan["aparc_aseg_x1" if "ids" in label else "classes"])
+        wanted = (scan["t1w_x4"], scan["lod7_x4"]) if "× 4" in label else (scan["t1w_x1"], scan["lod7_classes_x1"])
         for came, array in zip(reader(index), wanted, strict=True):
             assert came.dtype == array.dtype and np.array_equal(came, array), f"{label}: scan {index}"
 
