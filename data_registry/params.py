@@ -167,7 +167,11 @@ class Resources(Section):
     cache_gb: Annotated[float, Field(gt=0)] = 50
     """Of those copies together; the least recently used go first."""
     ray_address: str | None = None
-    """An existing Ray cluster; null starts one on this machine."""
+    """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
+    task_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory that a task of harmonise declares to Ray, in 10⁹ bytes; null: as much as the grid's size asks for."""
+    tries: Count = 3
+    """Deaths of a worker on one scan before harmonise leaves the scan out."""
     threads: Count | None = None
     """Of a training process; null lets torch choose."""
     loader_workers: Annotated[int, Field(ge=0)] = 0

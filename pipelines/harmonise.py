@@ -2,29 +2,40 @@
 
 *Harmonise* means geometry, intensity, labels and metadata; it is not ComBat. Ray tasks, one a shard: a shard holds a few dozen scans
 of one site, is written aside and renamed, and carries its recipe, so a run that was stopped redoes only what is unfinished and a new
-subject rewrites one shard. A scan that fails is quarantined with its reason; the run goes on. The manifest is written last; shards
-that it does not name are deleted.
+subject rewrites one shard. A scan that fails is quarantined with its reason; the run goes on. So is one that kills its worker again and
+again (``resources.tries``); its neighbours are kept, and deleting its shard has it tried anew. The manifest is written last; shards that
+it does not name are deleted.
+
+On a Ray cluster the project and the databases stand on a file system that all nodes share, at the same path. From a node of the
+cluster, or as a job, whose own folder is a copy of the code: hence ``--project``::
+
+    ray job submit --address http://head:8265 --working-dir . -- python -m pipelines.harmonise --project /shared/project
+    ray job submit --address http://head:8265 --working-dir . -- dvc --cd /shared/project repro harmonise
 """
 
+import argparse
 import json
 import logging
+import os
+import platform
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
 from data_registry.intensity import ROBUST, Preparation, moments, prepare
-from data_registry.params import Harmonise, fingerprint, load_params
+from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
-from data_registry.shard_store import ShardStore, open_store
+from data_registry.shard_store import FolderStore, ShardStore, open_store
 from data_registry.volume import load_image, load_labels
+from pipelines.attempts import JOURNALS, Attempts, clean
 from pipelines.index import SCANS_TABLE, find_databases
-from pipelines.parallel import run_bounded
+from pipelines.parallel import Death, run_bounded
+from pipelines.progress import Scans
 
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
@@ -35,6 +46,17 @@ RECIPE_VERSION = 2
 
 def main() -> None:
     """Harmonise the scans of ``tables/scans.parquet`` into ``shards/``."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.harmonise", description="Scans to shards on the standard grid.")
+    parser.add_argument("--project", type=Path, default=Path(), help="the folder of params.yaml (default: the current one)")
+    project = parser.parse_args().project
+    if not project.is_dir():
+        raise InputError(f"{project}: no such folder; the one that holds params.yaml is wanted (--project)")
+    os.chdir(project)
+    harmonise()
+
+
+def harmonise() -> None:
+    """The stage, in the current folder."""
     params = load_params()
     scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
     databases = find_databases([Path(root) for root in params.index.roots])
@@ -43,7 +65,7 @@ def main() -> None:
     SHARD_FOLDER.mkdir(exist_ok=True)  # DVC's output also where resources.shards is elsewhere; the samples table then tells by its hashes
     todo = [item for item in plan if (store.metadata(item["shard"]) or {}).get("recipe") != item["recipe"]]
     log.info("%d scans in %d shards, %d to make", len(scans), len(plan), len(todo))
-    _make(todo, store, databases, params.harmonise, workers=params.resources.workers, address=params.resources.ray_address)
+    _make(todo, store, databases, params.harmonise, params.resources)
     samples = [row for item in plan for row in collect(store, item["shard"])]
     bad = [row for row in samples if row["status"] != "ok"]
     for row in bad:
@@ -57,6 +79,9 @@ def main() -> None:
     note = {} if preparation == ROBUST else {"preparation": json.dumps(asdict(preparation))}  # who trains reads what the shards are
     write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]), metadata=note)
     store.keep_only({item["shard"] for item in plan})
+    clean()
+    for leftover in SAMPLES_TABLE.parent.glob(".aside-*"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
     log.info("%s: %d scans, %d quarantined", SAMPLES_TABLE, len(samples), len(bad))
 
 
@@ -75,43 +100,82 @@ def plan_shards(scans: list[dict], settings: Harmonise) -> list[dict]:
     return plan
 
 
-def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], settings: Harmonise, *, workers: int, address: str | None) -> None:
-    """Make the unfinished shards, with a progress bar over their scans."""
+def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], settings: Harmonise, resources: Resources) -> None:
+    """Make the unfinished shards, showing how far they are."""
     if not todo:
         return
     for row in (row for item in todo for row in item["scans"]):
         if row["database"] not in databases:
             raise InputError(f"database {row['database']} of {SCANS_TABLE} is below no root of params.yaml; run `python -m pipelines.index` again")
-    roots = {name: str(root.resolve()) for name, root in databases.items()}
-    items = [(store, item, {r["database"]: roots[r["database"]] for r in item["scans"]}, settings) for item in todo]
-    columns = (TextColumn("harmonise"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[bad]} quarantined"), TimeRemainingColumn())
+    roots = {name: str(root.absolute()) for name, root in databases.items()}
+    attempts = [Attempts(item["shard"], resources.tries) for item in todo]
+    memory = [int(resources.task_gb * 1e9) if resources.task_gb else task_bytes(item["scans"], settings) for item in todo]
+    for folder in (JOURNALS, *_folders(store)):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def work(index: int) -> tuple:
+        item, attempt = todo[index], attempts[index]
+        own = {row["database"]: roots[row["database"]] for row in item["scans"]}
+        return store, item, own, settings, str(attempt.journal), dict(attempt.left_out)
+
     failed = []
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task("", total=sum(len(item["scans"]) for item in todo), bad=0)
-        bad = 0
-        for index, result in run_bounded(make_shard, items, workers=workers, address=address):
+    with Scans("harmonise", sum(len(item["scans"]) for item in todo)) as progress:
+
+        def again(index: int, death: Death) -> tuple | None:
+            progress.retries += 1
+            return work(index) if attempts[index].died(death) else None
+
+        items = [work(index) for index in range(len(todo))]
+        for index, result in run_bounded(make_shard, items, memory=memory, again=again, workers=resources.workers, address=resources.ray_address):
+            progress.done += len(todo[index]["scans"])
             if isinstance(result, Exception):
-                failed.append(f"{todo[index]['shard']}: {str(result).strip().splitlines()[-1]}")
+                why = attempts[index].why or str(result).strip() or type(result).__name__
+                failed.append(f"{todo[index]['shard']}: {why.splitlines()[-1]}")
             else:
-                bad += result
-            progress.update(bar, advance=len(todo[index]["scans"]), bad=bad)
+                progress.quarantined += result
     if failed:
         raise InputError(f"{len(failed)} shards could not be made, e.g. {failed[0]}; run the stage again, finished shards are kept")
 
 
-def make_shard(store: ShardStore, item: dict, roots: dict[str, str], settings: Harmonise) -> int:
-    """One Ray task: read, conform and write the scans of one shard. Returns how many are quarantined."""
+def task_bytes(scans: list[dict], settings: Harmonise) -> int:
+    """Memory of a shard's task: process, one scan as read (up to 320³ voxels), work on the grid, and the arrays of all scans, until written.
+
+    Measured on 256³ and 384³ scans: 17 bytes a voxel as read, 10 a voxel of the grid.
+    """
+    edge = conform.parse_grid(settings.grid)
+    side = 320 if np.isnan(edge) else conform.FIELD_OF_VIEW_MM / edge
+    levels = sum(factor**-3 for factor in shards.FACTORS)
+    classes = sum(1 + protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
+    stored = sum(levels + 2 * len(scan["labels"]) + classes for scan in scans)
+    return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
+
+
+def make_shard(
+    store: ShardStore, item: dict, roots: dict[str, str], settings: Harmonise, journal: str = os.devnull, left_out: Mapping[str, str] | None = None
+) -> int:
+    """One Ray task: read, conform and write the scans of one shard. Returns how many are quarantined.
+
+    ``journal`` is a file that names the scan at work, in case it ends the process; ``left_out`` are those that did, with the reason.
+    """
+    for path in (*roots.values(), os.path.dirname(journal), *_folders(store)):
+        if not os.path.isdir(path):  # else a node without the shared file system would quarantine all it is given
+            raise InputError(f"{path}: no such folder on {platform.node()}; a file system shared by all nodes is wanted")
     rows, samples = [], []
     for scan in item["scans"]:
+        where = f"{roots[scan['database']]}/{scan['t1w_path']}"
+        Path(journal).write_text(scan["scan_id"], encoding="utf-8")
         try:
+            if scan["scan_id"] in (left_out or {}):
+                raise InputError(f"{where}: {left_out[scan['scan_id']]}")
             arrays, sample = harmonise_scan(scan, Path(roots[scan["database"]]), settings)
             rows.append({"scan_id": scan["scan_id"], **arrays})
             samples.append({**sample, "status": "ok", "shard": item["shard"], "row_group": len(rows) - 1})
         except InputError as error:
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": str(error)})
         except Exception as error:  # whatever one scan does, its neighbours go on
-            reason = f"{roots[scan['database']]}/{scan['t1w_path']}: {type(error).__name__} ({' '.join(str(error).split())})"
+            reason = f"{where}: {type(error).__name__} ({' '.join(str(error).split())})"
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": reason})
+    Path(journal).write_text("", encoding="utf-8")
     metadata = {"recipe": item["recipe"], "samples": samples}
     store.write(item["shard"], rows, side=_side(samples, settings), metadata=metadata)
     return len(samples) - len(rows)
@@ -166,6 +230,11 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "label_volumes_ml": volumes,
     }
     return arrays, sample
+
+
+def _folders(store: ShardStore) -> list[Path]:
+    """Where the store is folders of a file system, that every node must see."""
+    return [store.root] if isinstance(store, FolderStore) else []
 
 
 def _preparation(settings: Harmonise) -> Preparation:

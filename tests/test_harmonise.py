@@ -1,0 +1,71 @@
+"""The task of one shard, without Ray: where it refuses to begin, whom it leaves out, what it writes down, how much memory it asks for."""
+
+from pathlib import Path
+
+import pytest
+from small_heads import add_subject, run
+
+from data_registry import shards
+from data_registry.errors import InputError
+from data_registry.params import Harmonise
+from data_registry.shard_store import FolderStore
+from pipelines.harmonise import make_shard, task_bytes
+
+SETTINGS = Harmonise(grid="16mm")
+
+
+@pytest.fixture
+def item(tmp_path) -> dict:
+    """Two people of one shard."""
+    (tmp_path / "shards").mkdir()
+    scans = []
+    for subject in ("00", "01"):
+        add_subject(tmp_path / "db", subject, seed=int(subject))
+        label = {"source": "aparc_aseg", "path": f"derivatives/freesurfer/sub-{subject}/mri/aparc+aseg.mgz"}
+        scan = {"scan_id": f"db_sub-{subject}", "database": "db", "site": "db", "t1w_path": f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz"}
+        scans.append(scan | {"labels": [label]})
+    return {"shard": "part-000.parquet", "recipe": "r", "scans": scans}
+
+
+@pytest.mark.parametrize("missing", ["shards", "db"])
+def test_a_node_that_lacks_a_folder_quarantines_nothing(tmp_path, item, missing):
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{missing}: no such folder on .*; a file system shared by all nodes is wanted"):
+        make_shard(FolderStore(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS)
+
+
+def test_who_is_left_out_costs_its_neighbours_nothing(tmp_path, item):
+    journal, roots = tmp_path / "journal", {"db": str(tmp_path / "db")}
+    assert make_shard(FolderStore(tmp_path / "shards"), item, roots, SETTINGS, str(journal), {"db_sub-00": "kills its worker (3 tries)"}) == 1
+    assert journal.read_text() == ""
+    notes = shards.read_metadata(tmp_path / "shards/part-000.parquet")
+    out, kept = notes["samples"]
+    assert (out["status"], kept["status"], kept["row_group"]) == ("quarantined", "ok", 0)
+    assert out["reason"] == f"{tmp_path}/db/sub-00/anat/sub-00_T1w.nii.gz: kills its worker (3 tries)"
+    assert make_shard(FolderStore(tmp_path), item | {"scans": item["scans"][1:]}, roots, SETTINGS) == 0
+    alone = shards.read_metadata(tmp_path / "part-000.parquet")["samples"]
+    assert alone == [kept] and notes["recipe"] == "r"
+
+
+def test_the_journal_names_the_scan_at_work(tmp_path, item, monkeypatch):
+    seen = []
+    monkeypatch.setattr("pipelines.harmonise.harmonise_scan", lambda *_: seen.append((tmp_path / "journal").read_text()) or 1 / 0)
+    assert make_shard(FolderStore(tmp_path / "shards"), item, {"db": str(tmp_path / "db")}, SETTINGS, str(tmp_path / "journal")) == 2
+    assert seen == ["db_sub-00", "db_sub-01"]
+
+
+def test_memory_grows_with_the_grid_and_the_scans():
+    fixed = 0.25e9 + 17 * 320**3
+    scan = {"labels": [{"source": "aparc_aseg"}, {"source": "synthseg"}]}
+    stored = (1 + 1 / 8 + 1 / 64) + 2 * 2 + 1 + 7 * (1 / 8 + 1 / 64)  # bytes a voxel: T1w at three levels, two label maps, lod7 and its counts
+    for grid, side in (("1mm", 256), ("2mm", 128), ("native", 320)):
+        for number in (1, 5):
+            assert task_bytes([scan] * number, Harmonise(grid=grid)) == pytest.approx(fixed + side**3 * (10 + number * stored), abs=1)
+
+
+def test_a_project_elsewhere(tmp_path):
+    done = run(Path(__file__).parents[1], "pipelines.harmonise", "--project", str(tmp_path / "none"))
+    assert done.returncode == 2 and done.stderr == f"error: {tmp_path}/none: no such folder; the one that holds params.yaml is wanted (--project)\n"
+    (tmp_path / "params.yaml").write_text("index: {roots: [nowhere]}")
+    done = run(Path(__file__).parents[1], "pipelines.harmonise", "--project", str(tmp_path))
+    assert done.returncode == 2 and done.stderr.startswith("error: tables/scans.parquet: no such file; ")  # of that project
