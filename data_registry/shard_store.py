@@ -7,7 +7,7 @@ may be sent to other processes and forked.
 import contextlib
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -34,9 +34,9 @@ class FolderStore:
         """For messages: the place of a shard."""
         return str(self.root / shard)
 
-    def write(self, shard: str, rows: Iterable[dict], *, side: int, metadata: dict) -> None:
+    def write(self, shard: str, rows: Iterable[dict], *, metadata: Mapping[str, object], columns: Sequence[str] | None = None) -> None:
         """See :func:`data_registry.shards.write_shard`."""
-        write_shard(self.root / shard, rows, side=side, metadata=metadata)
+        write_shard(self.root / shard, rows, metadata=metadata, columns=columns)
 
     def metadata(self, shard: str) -> dict | None:
         """What a shard was written with; None if it is not there or not complete."""
@@ -73,11 +73,11 @@ class RemoteStore:
         """For messages: the place of a shard."""
         return f"{self.url}/{shard}"
 
-    def write(self, shard: str, rows: Iterable[dict], *, side: int, metadata: dict) -> None:
+    def write(self, shard: str, rows: Iterable[dict], *, metadata: Mapping[str, object], columns: Sequence[str] | None = None) -> None:
         """Write on this machine, then upload."""
         with tempfile.TemporaryDirectory(prefix="lodbrain-") as folder:
             local = Path(folder, "shard.parquet")
-            write_shard(local, rows, side=side, metadata=metadata)
+            write_shard(local, rows, metadata=metadata, columns=columns)
             with self._asked(shard) as (remote, path):
                 if remote.exists(path + HASH_SUFFIX):
                     remote.rm_file(path + HASH_SUFFIX)

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import BinaryIO
 from urllib.parse import quote
 
@@ -107,25 +107,37 @@ def _blockwise(combine: np.ufunc, data: np.ndarray, factor: int) -> np.ndarray:
     return data
 
 
-def write_shard(path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | str]], *, side: int, metadata: dict) -> None:
-    """Write one row group a row; a row is ``scan_id`` and arrays by column name. Whole or not at all."""
-    rows = list(rows)
-    columns = sorted({name for row in rows for name in row} - {"scan_id"})
-    notes = {"side": str(side), **{key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}}
-    schema = pa.schema([pa.field("scan_id", pa.string())] + [pa.field(name, pa.large_binary()) for name in columns], metadata=notes)
+def write_shard(
+    path: str | os.PathLike, rows: Iterable[dict[str, np.ndarray | str]], *, metadata: Mapping[str, object], columns: Sequence[str] | None = None
+) -> None:
+    """Write one row group a row; a row is ``scan_id`` and arrays by column name. Whole or not at all.
+
+    With ``columns``, all that rows may have, the rows are taken one after the other and none is kept. ``metadata`` is read after the last
+    row, so that it may say what became of them. Raises :class:`InputError` where the T1w of two rows are cubes of two sizes.
+    """
+    rows = rows if columns else list(rows)
+    names = sorted(columns or {name for row in rows for name in row} - {"scan_id"})
+    schema = pa.schema([pa.field("scan_id", pa.string())] + [pa.field(name, pa.large_binary()) for name in names])
+    sides = set()
     with (
         replacing(path) as aside,
         pq.ParquetWriter(aside, schema, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True) as writer,
     ):
         for row in rows:
-            values = {name: np.ascontiguousarray(row[name]).tobytes() if name in row else None for name in columns}
+            sides |= {len(row[name]) * int(name.removeprefix("t1w_x")) for name in row if name.startswith("t1w_x")}
+            if len(sides) > 1:
+                raise InputError(f"{row['scan_id']}: the scans of one shard need cubes of {sorted(sides)} voxels; choose a grid by size, e.g. 1mm")
+            values = {name: np.ascontiguousarray(row[name]).tobytes() if name in row else None for name in names}
             writer.write_table(pa.Table.from_pylist([{"scan_id": row["scan_id"], **values}], schema=schema), row_group_size=1)
+            del row, values   # before the next is made
+        notes = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
+        writer.add_key_value_metadata({"side": str(max(sides, default=0)), **notes})
 
 
 def read_metadata(source: str | os.PathLike | BinaryIO) -> dict | None:
     """What :func:`write_shard` was given as ``metadata``; None if the file is no complete shard."""
     try:
-        notes = pq.read_schema(source).metadata or {}
+        notes = pq.read_metadata(source).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
     return {key.decode(): json.loads(value) for key, value in notes.items() if key not in (b"side", b"ARROW:schema")}
@@ -142,7 +154,7 @@ def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str], *,
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            side = int(file.schema_arrow.metadata[b"side"])
+            side = int(file.metadata.metadata[b"side"])
             present = [name for name in columns if name in file.schema_arrow.names]
             table = file.read_row_group(row_group, columns=["scan_id", *present], use_threads=False)
         came = table["scan_id"][0].as_py()

@@ -19,7 +19,7 @@ import logging
 import os
 import platform
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -138,7 +138,7 @@ def _make(todo: list[dict], store: ShardStore, databases: dict[str, Path], setti
 
 
 def task_bytes(scans: list[dict], settings: Harmonise) -> int:
-    """Memory of a shard's task: process, one scan as read (up to 320³ voxels), work on the grid, and the arrays of all scans, until written.
+    """Memory of a shard's task: process, one scan as read (up to 320³ voxels), work on the grid, and its arrays, until written.
 
     Measured on 256³ and 384³ scans: 17 bytes a voxel as read, 10 a voxel of the grid.
     """
@@ -146,7 +146,7 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     side = 320 if np.isnan(edge) else conform.FIELD_OF_VIEW_MM / edge
     levels = sum(factor**-3 for factor in shards.FACTORS)
     classes = sum(1 + protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
-    stored = sum(levels + 2 * len(scan["labels"]) + classes for scan in scans)
+    stored = levels + 2 * max(len(scan["labels"]) for scan in scans) + classes
     return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
 
 
@@ -160,25 +160,44 @@ def make_shard(
     for path in (*roots.values(), os.path.dirname(journal), *_folders(store)):
         if not os.path.isdir(path):  # else a node without the shared file system would quarantine all it is given
             raise InputError(f"{path}: no such folder on {platform.node()}; a file system shared by all nodes is wanted")
-    rows, samples = [], []
+    samples: list[dict] = []
+    metadata = {"recipe": item["recipe"], "samples": samples}
+    rows = _rows(item, roots, settings, journal, left_out or {}, samples)
+    store.write(item["shard"], rows, metadata=metadata, columns=_columns(item["scans"], settings))
+    return sum(sample["status"] != "ok" for sample in samples)
+
+
+def _rows(item: dict, roots: dict[str, str], settings: Harmonise, journal: str, left_out: Mapping[str, str], samples: list[dict]) -> Iterator[dict]:
+    """The rows of a shard, one scan in memory at a time; what became of each scan is added to ``samples``."""
+    written = 0
     for scan in item["scans"]:
         where = f"{roots[scan['database']]}/{scan['t1w_path']}"
         Path(journal).write_text(scan["scan_id"], encoding="utf-8")
         try:
-            if scan["scan_id"] in (left_out or {}):
+            if scan["scan_id"] in left_out:
                 raise InputError(f"{where}: {left_out[scan['scan_id']]}")
             arrays, sample = harmonise_scan(scan, Path(roots[scan["database"]]), settings)
-            rows.append({"scan_id": scan["scan_id"], **arrays})
-            samples.append({**sample, "status": "ok", "shard": item["shard"], "row_group": len(rows) - 1})
         except InputError as error:
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": str(error)})
+            continue
         except Exception as error:  # whatever one scan does, its neighbours go on
             reason = f"{where}: {type(error).__name__} ({' '.join(str(error).split())})"
             samples.append(_identity(scan, settings) | {"status": "quarantined", "reason": reason})
+            continue
+        samples.append({**sample, "status": "ok", "shard": item["shard"], "row_group": written})
+        yield {"scan_id": scan["scan_id"], **arrays}
+        del arrays   # before the next is made
+        written += 1
     Path(journal).write_text("", encoding="utf-8")
-    metadata = {"recipe": item["recipe"], "samples": samples}
-    store.write(item["shard"], rows, side=_side(samples, settings), metadata=metadata)
-    return len(samples) - len(rows)
+
+
+def _columns(scans: list[dict], settings: Harmonise) -> list[str]:
+    """All that the rows of a shard may have; a scan without a label map has none in its columns."""
+    sources = {label["source"] for scan in scans for label in scan["labels"]}
+    counted = [name for name in settings.block_protocols if sources & set(protocol.load(name).sources)]
+    names = [f"t1w_x{factor}" for factor in shards.FACTORS] + [f"{source}_x1" for source in sources]
+    names += [f"{name}_classes_x1" for name in counted] + [f"{name}_x{factor}" for name in counted for factor in shards.BLOCK_FACTORS]
+    return sorted(names)
 
 
 def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[str, np.ndarray], dict]:
@@ -243,14 +262,6 @@ def _preparation(settings: Harmonise) -> Preparation:
 
 def _identity(scan: dict, settings: Harmonise) -> dict:
     return {key: scan[key] for key in ("scan_id", "database", "site")} | {"grid": settings.grid}
-
-
-def _side(samples: list[dict], settings: Harmonise) -> int:
-    """Side of the shard's cubes; one for all its scans."""
-    sides = {sample["shape"][0] for sample in samples if sample["status"] == "ok"}
-    if len(sides) > 1:
-        raise InputError(f"grid {settings.grid}: the scans of one site need cubes of {sorted(sides)} voxels; choose a grid by size, e.g. 1mm")
-    return sides.pop() if sides else 0
 
 
 def collect(store: ShardStore, shard: str) -> list[dict]:

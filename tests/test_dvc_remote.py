@@ -35,7 +35,7 @@ for line in Path("scans.txt").read_text().splitlines():
     site, value = line.split()
     path = Path(f"shards/grid=1mm/site=abide1.{site}/part-000.parquet")
     if (read_metadata(path) or {}).get("recipe") != line:
-        write_shard(path, [{"scan_id": site, "t1w_x1": np.full((4, 4, 4), int(value), np.uint8)}], side=4, metadata={"recipe": line})
+        write_shard(path, [{"scan_id": site, "t1w_x1": np.full((4, 4, 4), int(value), np.uint8)}], metadata={"recipe": line})
 Path("tables").mkdir(exist_ok=True)
 aside = Path("tables/.aside")
 aside.write_text(Path("scans.txt").read_text())

@@ -41,7 +41,7 @@ def remote(tmp_path, request) -> RemoteStore:
     name = re.sub(r"\W+", "-", request.node.name)
     store = open_store(Resources(shards=f"s3://lab/{name}", cache_folder=str(tmp_path / "copies"), cache_gb=1))
     for shard in NAMES:
-        store.write(shard, rows_of(shard), side=SIDE, metadata={"recipe": shard})
+        store.write(shard, rows_of(shard), metadata={"recipe": shard})
     return store
 
 
@@ -76,7 +76,7 @@ def test_a_folder_and_a_bucket_behave_alike(remote, tmp_path):
     for store in (folder, remote):
         assert store.metadata("grid=1mm/site=db.a/part-009.parquet") is None
         for shard in NAMES:
-            store.write(shard, rows_of(shard), side=SIDE, metadata={"recipe": shard})
+            store.write(shard, rows_of(shard), metadata={"recipe": shard})
             assert store.metadata(shard) == {"recipe": shard}
             for number, row in enumerate(rows_of(shard)):
                 assert np.array_equal(read(store, shard, number), row["t1w_x1"])
@@ -89,8 +89,8 @@ def test_a_folder_and_a_bucket_behave_alike(remote, tmp_path):
 
 def test_what_is_not_named_goes_and_foreign_files_stay(remote, tmp_path):
     folder = open_store(Resources(shards=str(tmp_path / "shards")))
-    folder.write(NAMES[0], rows_of(NAMES[0]), side=SIDE, metadata={})
-    folder.write(NAMES[1], rows_of(NAMES[1]), side=SIDE, metadata={})
+    folder.write(NAMES[0], rows_of(NAMES[0]), metadata={})
+    folder.write(NAMES[1], rows_of(NAMES[1]), metadata={})
     (folder.root / "notes.txt").write_text("mine")
     with remote._asked() as (files, root):
         files.pipe_file(f"{root}/notes.txt", b"mine")
@@ -110,7 +110,7 @@ def test_a_shard_without_its_hash_is_none_to_writers(remote):
     assert remote.metadata(NAMES[0]) is None
     row = remote.read_row(NAMES[0], 2, ["t1w_x1"], scan_id=f"{NAMES[0]}:2", sha256=digest)
     assert np.array_equal(row["t1w_x1"], rows_of(NAMES[0])[2]["t1w_x1"])
-    remote.write(NAMES[0], rows_of(NAMES[0]), side=SIDE, metadata={"recipe": "again"})
+    remote.write(NAMES[0], rows_of(NAMES[0]), metadata={"recipe": "again"})
     assert remote.metadata(NAMES[0]) == {"recipe": "again"} and read(remote, NAMES[0], 0).shape == (SIDE,) * 3
 
 
@@ -280,7 +280,7 @@ def test_memory_of_sixteen_readers_stays_flat(tmp_path):
     path = tmp_path / "part-000.parquet"
     generator = np.random.default_rng(0)
     rows = [{"scan_id": str(i), "t1w_x1": generator.integers(0, 256, (128,) * 3).astype(np.uint8)} for i in range(3)]
-    shards.write_shard(path, rows, side=128, metadata={})
+    shards.write_shard(path, rows, metadata={})
     forked = multiprocessing.get_context("fork")
     answers = forked.Queue()
     readers = [forked.Process(target=_grown, args=(path, answers)) for _ in range(16)]

@@ -1,5 +1,7 @@
 """Shards: what goes in comes out, bytes depend on the content alone, damage is found and named."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ def rows() -> list[dict]:
 
 def test_round_trip_and_absent_labels(tmp_path, rows):
     path = tmp_path / "a" / "part-000.parquet"
-    shards.write_shard(path, rows, side=16, metadata={"recipe": "r", "samples": [1, 2]})
+    shards.write_shard(path, rows, metadata={"recipe": "r", "samples": [1, 2]})
     columns = ["t1w_x1", "t1w_x2", "t1w_x4", "aparc_aseg_x1", "lod7_x2", "lod7_x4", "other_x1"]
     for index, row in enumerate(rows):
         read = shards.read_row(path, index, columns)
@@ -36,7 +38,7 @@ def test_round_trip_and_absent_labels(tmp_path, rows):
 
 def test_same_rows_same_bytes(tmp_path, rows):
     for name in ("a", "b"):
-        shards.write_shard(tmp_path / name, rows, side=16, metadata={"recipe": "r"})
+        shards.write_shard(tmp_path / name, rows, metadata={"recipe": "r"})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -61,7 +63,7 @@ def test_classes_of_the_box_around_labels():
 
 def test_damage_is_found_by_checksum(tmp_path, rows):
     path = tmp_path / "part-000.parquet"
-    shards.write_shard(path, rows, side=16, metadata={})
+    shards.write_shard(path, rows, metadata={})
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 0xFF
     path.write_bytes(content)
@@ -82,7 +84,7 @@ def test_damage_is_found_by_checksum(tmp_path, rows):
 
 def test_a_row_of_another_scan_is_refused(tmp_path, rows):
     path = tmp_path / "part-000.parquet"
-    shards.write_shard(path, rows, side=16, metadata={})
+    shards.write_shard(path, rows, metadata={})
     assert shards.read_row(path, 1, ["t1w_x1"], scan_id="s1")["t1w_x1"].shape == (16, 16, 16)
     with pytest.raises(shards.ShardError, match="row group 1 holds s1; s2 is wanted"):
         shards.read_row(path, 1, ["t1w_x1"], scan_id="s2")
@@ -92,3 +94,28 @@ def test_a_subject_keeps_its_shard():
     assert [shards.shard_of(s, 4) for s in ("01", "02", "03", "A", "B")] == [1, 1, 1, 1, 0]  # in every release, or all shards move
     spread = [shards.shard_of(f"{i:04d}", 4) for i in range(400)]
     assert min(spread.count(part) for part in range(4)) > 70
+
+
+def test_rows_are_taken_one_at_a_time_and_the_notes_last(tmp_path, rows):
+    """A generator's rows, of columns that are named, are not kept; what it notes of them stands in the file."""
+    rows, alive, notes = list(rows), [], []
+
+    def one_by_one():
+        for row in rows:
+            copy = {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+            alive.append(weakref.ref(copy["t1w_x1"]))
+            notes.append(sum(reference() is not None for reference in alive))
+            yield copy
+
+    columns = sorted({name for row in rows for name in row} - {"scan_id"})
+    shards.write_shard(tmp_path / "streamed.parquet", one_by_one(), columns=columns, metadata={"notes": notes})
+    assert max(notes) == 1 and len(notes) == len(rows) > 2 and shards.read_metadata(tmp_path / "streamed.parquet") == {"notes": notes}
+    shards.write_shard(tmp_path / "at_once.parquet", rows, metadata={"notes": notes})
+    assert (tmp_path / "streamed.parquet").read_bytes() == (tmp_path / "at_once.parquet").read_bytes()
+
+
+def test_cubes_of_two_sizes_are_refused(tmp_path):
+    rows = [{"scan_id": name, "t1w_x1": np.zeros((side,) * 3, np.uint8)} for name, side in (("a", 8), ("b", 16))]
+    with pytest.raises(InputError, match=r"b: the scans of one shard need cubes of \[8, 16\] voxels; choose a grid by size"):
+        shards.write_shard(tmp_path / "x.parquet", rows, metadata={})
+    assert not list(tmp_path.iterdir())

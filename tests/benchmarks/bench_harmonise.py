@@ -80,7 +80,7 @@ def ours(scan: dict) -> dict:
 
     arrays, sample = harmonise_scan(scan, scan["root"], Harmonise())
     with tempfile.TemporaryDirectory() as folder:
-        shards.write_shard(Path(folder, "one.parquet"), [{"scan_id": scan["scan_id"], **arrays}], side=256, metadata={"samples": [sample]})
+        shards.write_shard(Path(folder, "one.parquet"), [{"scan_id": scan["scan_id"], **arrays}], metadata={"samples": [sample]})
     return arrays
 
 

@@ -157,7 +157,7 @@ def cost(args: argparse.Namespace) -> None:
         read.append(sum((scan["root"] / path).stat().st_size for path in (scan["t1w_path"], *(label["path"] for label in scan["labels"]))))
         with tempfile.TemporaryDirectory() as folder:
             shard = Path(folder, "one.parquet")
-            shards.write_shard(shard, [{"scan_id": scan["scan_id"], **ours(scan)}], side=256, metadata={})
+            shards.write_shard(shard, [{"scan_id": scan["scan_id"], **ours(scan)}], metadata={})
             written.append(shard.stat().st_size)
     each, read_gb, written_gb = np.mean(seconds), np.mean(read) * number / 1e9, np.mean(written) * number / 1e9
     print(f"\n{number:,} scans of {each:.2f} core seconds, {np.mean(read) / 1e6:.1f} MB read and {np.mean(written) / 1e6:.1f} MB written each")

@@ -94,7 +94,7 @@ def write_shard(folder: Path, scans: list[Volumes]) -> None:
     from data_registry import shards
 
     rows = [{"scan_id": str(i), **scan} for i, scan in enumerate(scans)]
-    shards.write_shard(folder / "part-000.parquet", rows, side=256, metadata={})
+    shards.write_shard(folder / "part-000.parquet", rows, metadata={})
 
 
 def open_shard(*columns: str, mapped: bool = False) -> Callable[[Path], Reader]:
