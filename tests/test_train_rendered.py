@@ -139,7 +139,7 @@ def test_a_wrong_recipe_is_one_line(tmp_path, text, line):
 
 def test_the_packaged_recipe_is_right():
     recipe = load_settings("params/rendered.yaml", Recipe)
-    assert [build_stage(recipe, stage).config.levels for stage in recipe.stages] == [1, 2, 2]
+    assert [build_stage(recipe, stage).config.levels for stage in recipe.stages] == [1, 2, 2, 2]
 
 
 def test_wrong_input_is_one_line(heads, tmp_path):
