@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from data_registry.errors import InputError
-from data_registry.resample import NIFTI_EDGE, Interpolation, in_c_order, majority, resample_image, resample_nearest
+from data_registry.resample import NIFTI_EDGE, Interpolation, in_c_order, is_whole, majority, resample_image, resample_nearest
 from data_registry.volume import Volume, VolumeError, axes_to_lia
 
 SAME_SIZE = 1e-3  # voxel sizes whose ratio is this near to 1 count as equal: a quarter of a voxel over 256
@@ -134,6 +134,8 @@ def conform(volume: Volume, *, grid: str, window: tuple[float, float] | None = N
         return Conformed(data, placement, warnings)
     low, high = window or robust_range(volume)
     scaled = np.clip((volume.data - np.float32(low)) * np.float32(255 / (high - low)), 0, 255)
+    if is_whole(to_native):  # nothing to interpolate, and a byte a voxel to move
+        return Conformed(resample_nearest(np.rint(scaled).astype(np.uint8), to_native, placement.shape), placement, warnings)
     resampled = resample_image(scaled, to_native, placement.shape, interpolation=interpolation)
     if interpolation == "cubic":  # it overshoots
         resampled = np.clip(resampled, 0, 255)

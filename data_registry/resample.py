@@ -31,6 +31,15 @@ def resample_image(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...
     return in_c_order(out.astype(np.float32, copy=False))
 
 
+def is_whole(to_input: np.ndarray) -> bool:
+    """Whether every output voxel is one of the input's, or outside: axes permuted, flipped, shifted by whole voxels.
+
+    >>> is_whole(np.diag([1.0, -1.0, 1.0, 1.0])), is_whole(np.diag([1.0, 1.0, 0.9, 1.0]))
+    (True, False)
+    """
+    return bool(np.abs(to_input - np.rint(to_input)).max() < 1e-6 and abs(abs(np.linalg.det(to_input)) - 1) < 1e-6)
+
+
 def resample_nearest(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Nearest voxel of ``data`` for every output voxel, any affine; 0 outside. Half-way positions go up."""
     linear = to_input[:3, :3]
