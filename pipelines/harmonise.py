@@ -228,7 +228,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         if source is None:
             continue
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
-        classes = table.classes_of(arrays[f"{source}_x1"], where=str(root / path))
+        classes = shards.classes_of(arrays[f"{source}_x1"], table, where=str(root / path))
         arrays[f"{name}_classes_x1"] = classes
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
