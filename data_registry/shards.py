@@ -7,8 +7,8 @@ A shard holds scans of one site only, so that withdrawing or holding out a site 
 - ``<protocol>_classes_x1``: uint8 classes, (D, H, W), for protocols that ask for it: half of the bytes, and nothing to look up on read;
 - ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for the same protocols.
 
-Arrays are C-order bytes; their shapes follow from the file's ``side`` and the column's factor. Who trains the coarse level reads its
-columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
+Arrays are C-order bytes of cubes, whose sides follow from their length; scans of one shard may differ in it. Who trains the coarse level
+reads its columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
 be rebuilt from shards alone.
 """
 
@@ -28,6 +28,7 @@ from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.files import replacing
 from data_registry.resample import bounding_box
+from data_registry.shard_pages import read_cells
 
 FACTORS = (1, 2, 4)
 BLOCK_FACTORS = (2, 4)
@@ -113,25 +114,21 @@ def write_shard(
     """Write one row group a row; a row is ``scan_id`` and arrays by column name. Whole or not at all.
 
     With ``columns``, all that rows may have, the rows are taken one after the other and none is kept. ``metadata`` is read after the last
-    row, so that it may say what became of them. Raises :class:`InputError` where the T1w of two rows are cubes of two sizes.
+    row, so that it may say what became of them.
     """
     rows = rows if columns else list(rows)
     names = sorted(columns or {name for row in rows for name in row} - {"scan_id"})
     schema = pa.schema([pa.field("scan_id", pa.string())] + [pa.field(name, pa.large_binary()) for name in names])
-    sides = set()
     with (
         replacing(path) as aside,
         pq.ParquetWriter(aside, schema, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True) as writer,
     ):
         for row in rows:
-            sides |= {len(row[name]) * int(name.removeprefix("t1w_x")) for name in row if name.startswith("t1w_x")}
-            if len(sides) > 1:
-                raise InputError(f"{row['scan_id']}: the scans of one shard need cubes of {sorted(sides)} voxels; choose a grid by size, e.g. 1mm")
             values = {name: np.ascontiguousarray(row[name]).tobytes() if name in row else None for name in names}
             writer.write_table(pa.Table.from_pylist([{"scan_id": row["scan_id"], **values}], schema=schema), row_group_size=1)
             del row, values   # before the next is made
         notes = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
-        writer.add_key_value_metadata({"side": str(max(sides, default=0)), **notes})
+        writer.add_key_value_metadata(notes)
 
 
 def read_metadata(source: str | os.PathLike | BinaryIO) -> dict | None:
@@ -140,25 +137,19 @@ def read_metadata(source: str | os.PathLike | BinaryIO) -> dict | None:
         notes = pq.read_metadata(source).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return None
-    return {key.decode(): json.loads(value) for key, value in notes.items() if key not in (b"side", b"ARROW:schema")}
+    return {key.decode(): json.loads(value) for key, value in notes.items() if key != b"ARROW:schema"}
 
 
 def read_row(path: str | os.PathLike, row_group: int, columns: Sequence[str], *, scan_id: str | None = None) -> dict[str, np.ndarray]:
     """Arrays of one scan, by column; columns that are null or not in the file are left out.
 
-    The file is opened anew for each row, at 0.2 ms: so a shard may be replaced or removed at any time, processes may be forked, and of
-    thousands of shards nothing is kept. (Memory-mapped, the same rows take as long: they are decompressed in any case.)
-
     Raises :class:`MissingShard` for a missing file, :class:`DamagedShard` for a page whose checksum is wrong, and a plain
     :class:`ShardError` for a row of another scan than ``scan_id``.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            side = int(file.metadata.metadata[b"side"])
-            present = [name for name in columns if name in file.schema_arrow.names]
-            table = file.read_row_group(row_group, columns=["scan_id", *present], use_threads=False)
-        came = table["scan_id"][0].as_py()
-        arrays = {name: _array(table[name].chunk(0), name, side) for name in present if not table[name].null_count}
+        cells = read_cells(path, row_group, ["scan_id", *columns])
+        came = cells.pop("scan_id").tobytes().decode()
+        arrays = {name: _array(cell, name) for name, cell in cells.items() if cell is not None}
     except FileNotFoundError:
         raise MissingShard(f"{path}: no such shard; run `python -m pipelines.harmonise` again") from None
     except (OSError, pa.ArrowInvalid, KeyError, IndexError, ValueError) as error:
@@ -184,13 +175,11 @@ def damage(path: str | os.PathLike) -> str | None:
     return None
 
 
-def _array(cell: pa.LargeBinaryArray, name: str, side: int) -> np.ndarray:
-    """The array of a column's one cell, over the bytes that Arrow has decompressed: taking the cell as a value would copy them."""
+def _array(cell: np.ndarray, name: str) -> np.ndarray:
+    """The array of a cell's bytes: a cube of voxels, or one for each class."""
     stem, factor = name.rsplit("_x", 1)
-    shape = (side // int(factor),) * 3
-    if stem != "t1w" and int(factor) > 1:
-        shape = (protocols.load(stem).classes, *shape)
-    kind = np.uint8 if stem == "t1w" or stem.endswith("_classes") or int(factor) > 1 else np.uint16
-    _, offsets, content = cell.buffers()
-    first, end = np.frombuffer(offsets, np.int64)[cell.offset : cell.offset + 2]
-    return np.frombuffer(content[first:end], dtype=kind).reshape(shape)
+    counts = stem != "t1w" and int(factor) > 1
+    kind = np.uint8 if stem == "t1w" or stem.endswith("_classes") or counts else np.uint16
+    number = protocols.load(stem).classes if counts else 1
+    side = round((cell.size / (kind().itemsize * number)) ** (1 / 3))
+    return cell.view(kind).reshape((number, side, side, side) if counts else (side, side, side))

@@ -40,7 +40,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -72,9 +72,6 @@ def harmonise() -> None:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
     if len(bad) == len(samples):
         raise InputError(f"all {len(samples)} scans are quarantined; the reasons stand above")
-    sides = sorted({row["shape"][0] for row in samples if row["status"] == "ok"})
-    if len(sides) > 1:
-        raise InputError(f"harmonise.grid {params.harmonise.grid}: the scans need cubes of {sides} voxels; one size is wanted, e.g. 1mm")
     preparation = _preparation(params.harmonise)
     note = {} if preparation == ROBUST else {"preparation": json.dumps(asdict(preparation))}  # who trains reads what the shards are
     write_table(SAMPLES_TABLE, "samples", sorted(samples, key=lambda row: row["scan_id"]), metadata=note)

@@ -7,7 +7,8 @@ Every way holds the same real scans, conformed to 1 mm, and gives T1w and lod7 c
 - ``shard``: T1w and classes of a row; ``ids mapped``: T1w and source ids (uint16), mapped through the protocol, as for a protocol whose
   classes are not stored; ``× 4``: the coarse stage's columns alone, T1w and class counts. zstd level 1, Parquet's own, checksums verified;
 - ``two .nii.gz``: T1w and source ids through nibabel, ids mapped; gzip;
-- ``MONAI``: a PersistentDataset's cache of T1w and classes; not compressed, it offers none;
+- ``MONAI``: a PersistentDataset's cache of T1w and classes, not compressed, as it comes; ``MONAI, zstd``: of their zstd frames, level 1,
+  decompressed after the cache;
 - ``litData``: T1w and classes, a chunk a scan, zstd level 1;
 - ``Zarr``: T1w and classes, a chunk a volume, zstd level 1; ``Zarr × 4`` the coarse arrays.
 
@@ -64,7 +65,7 @@ def compare(folder: Path, scans: list[Volumes], args: argparse.Namespace) -> Non
             warm = [time for _ in range(args.repeats) for time in timed(reader, range(len(scans)))]
             cold = [time for _ in range(args.repeats) for time in dropped(reader, own, len(scans))]
             size = sum(path.stat().st_size for path in own.rglob("*") if path.is_file()) / len(scans) / 1e6
-            rate = together(opener, own, args.processes, len(scans), len(scans))
+            rate = together(opener, own, args.processes, 4 * len(scans), len(scans))
             row = f"{size:8.1f}{statistics.median(warm):9.2f}{min(warm):8.2f}{statistics.median(cold):9.2f}{min(cold):8.2f}{rate:9.1f}"
             print(f"{label:24}{row}", flush=True)
 
@@ -138,17 +139,44 @@ def open_nifti(folder: Path) -> Reader:
 def write_monai(folder: Path, scans: list[Volumes]) -> None:
     import torch
 
-    dataset = monai_dataset(folder, len(scans), lambda index: tuple(torch.from_numpy(scans[index][key]) for key in ("t1w_x1", "lod7_classes_x1")))
-    for index in range(len(scans)):
+    fill_monai(folder, len(scans), lambda index: tuple(torch.from_numpy(scans[index][key]) for key in ("t1w_x1", "lod7_classes_x1")))
+
+
+def write_monai_zstd(folder: Path, scans: list[Volumes]) -> None:
+    import pyarrow as pa
+    import torch
+
+    codec = pa.Codec("zstd", compression_level=1)
+
+    def frame(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.frombuffer(codec.compress(array.tobytes()), np.uint8).copy())
+
+    fill_monai(folder, len(scans), lambda index: tuple(frame(scans[index][key]) for key in ("t1w_x1", "lod7_classes_x1")))
+
+
+def fill_monai(folder: Path, number: int, load: Callable) -> None:
+    dataset = monai_dataset(folder, number, load)
+    for index in range(number):
         dataset[index]  # the first time fills its cache
 
 
 def open_monai(folder: Path) -> Reader:
-    def never(index: int):
-        raise AssertionError(f"{index} is not in the cache")
-
     dataset = monai_dataset(folder, len(list(folder.glob("*.pt"))), never)
     return lambda index: tuple(tensor.numpy() for tensor in dataset[index])
+
+
+def open_monai_zstd(folder: Path) -> Reader:
+    import pyarrow as pa
+
+    codec, side = pa.Codec("zstd"), 256
+    dataset = monai_dataset(folder, len(list(folder.glob("*.pt"))), never)
+    return lambda index: tuple(
+        np.frombuffer(codec.decompress(frame.numpy(), side**3), np.uint8).reshape(side, side, side) for frame in dataset[index]
+    )
+
+
+def never(index: int):
+    raise AssertionError(f"{index} is not in the cache")
 
 
 def monai_dataset(folder: Path, number: int, load: Callable):
@@ -200,6 +228,7 @@ WAYS = {
     }),
     "two .nii.gz": (("nibabel",), write_nifti, {"two .nii.gz": open_nifti}),
     "MONAI": (("monai",), write_monai, {"MONAI PersistentDataset": open_monai}),
+    "MONAI, zstd": (("monai",), write_monai_zstd, {"MONAI, zstd": open_monai_zstd}),
     "litData": (("litdata", "zstd"), write_litdata, {"litData": open_litdata}),
     "Zarr": (("zarr",), write_zarr, {"Zarr": open_zarr("t1w_x1", "lod7_classes_x1"), "Zarr × 4": open_zarr("t1w_x4", "lod7_x4")}),
 }  # fmt: skip
