@@ -26,7 +26,7 @@ class Section(BaseModel):
 Settings = TypeVar("Settings", bound=Section)
 
 
-def LeftOutIf(default: str) -> object:
+def LeftOutIf(default: object) -> object:
     """A key that came later counts in no fingerprint while it has its first value: shards and folds made before it stand."""
     return Field(exclude_if=lambda value: value == default)
 
@@ -96,10 +96,34 @@ class Stage(Section):
     learning_rate: Annotated[float, Field(gt=0)]
 
 
-class Train(Section):
-    """Progressive training of one network on every fold."""
+class Crops(Section):
+    """For networks that are trained on parts of a scan."""
 
-    protocol: str = "lod7"
+    side: Count = 128
+    """Voxels; a smaller scan is taken whole."""
+
+
+class Slices(Section):
+    """For networks that are trained on slices of three views."""
+
+    per_visit: Count = 4
+    """Of each view, of one scan; batch_size counts slices."""
+    inner_scale: Annotated[float, Field(ge=0)] | None = None
+    """Standard deviation of what is added to a slice's zoom inside the network; null: the network's own."""
+    outer_scale: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of the factor by which image and labels are zoomed before the network sees them."""
+    weights: tuple[Literal["median", "gradient", "strands", "cortex"], ...] = ("median", "gradient", "strands", "cortex")
+    """Parts of a pixel's weight in the loss, see lod_model/fastsurfer_loss.py."""
+
+
+class Train(Section):
+    """Training of one network on every fold; LOD-Brain's goes coarse to fine, all others have the fine stage alone."""
+
+    protocol: str | tuple[str, ...] = "lod7"
+    """Or several, for networks with an output for each; the others take the first."""
+    recipe: Annotated[Literal["shared", "own"], LeftOutIf("shared")] = "shared"
+    """shared: optimiser, learning rate, schedule and batch of this section for every network. own: those that its authors give, see the
+    network's file in lod_model/networks. Samples, loss and epochs are the network's, and this section's, either way."""
     seed: int = 0
     coarse: Stage = Stage(epochs=50, learning_rate=5e-4)
     fine: Stage = Stage(epochs=50, learning_rate=5e-4)
@@ -126,11 +150,44 @@ class Train(Section):
     standardise: Annotated[Literal["none", "nyul"], LeftOutIf("none")] = "none"
     """nyul: intensities go to a standard scale, fitted on the fold's training scans alone, see data_registry/nyul.py."""
     network: dict = {}
-    """Overrides of the network's own configuration, e.g. widths."""
+    """Overrides of the network's own configuration, e.g. widths; below a network's name those of that network alone."""
+    visits: Annotated[Count | None, LeftOutIf(None)] = None
+    """How often an epoch comes to a scan, for another part of it each time; null: the network's own number, 1 where scans are taken whole."""
+    crops: Annotated[Crops, LeftOutIf(Crops())] = Crops()
+    slices: Annotated[Slices, LeftOutIf(Slices())] = Slices()
     reduce_patience: Count = 5
     """Epochs without a better validation loss before the learning rate is quartered."""
     stop_patience: Count = 10
     """Epochs without a better validation loss before a stage ends."""
+    min_samples_per_epoch: Count = 1
+    """An epoch goes through the scans as often as it takes to see this many, so that few scans do not mean few steps."""
+    site_temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """1: every scan equally often; towards 0: every site equally often."""
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Names of all of them."""
+        return (self.protocol,) if isinstance(self.protocol, str) else self.protocol
+
+    def network_of(self, name: str) -> dict:
+        """What overrides the configuration of the network ``name``.
+
+        >>> Train(network={"dropout": 0.1, "unet": {"widths": [8, 16]}}).network_of("unet")
+        {'dropout': 0.1, 'widths': [8, 16]}
+        """
+        own = {key: value for key, value in self.network.items() if not isinstance(value, dict)}
+        return own | self.network.get(name, {})
+
+    @field_validator("protocol")
+    @classmethod
+    def _protocols_are_known(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = (value,) if isinstance(value, str) else value
+        if not names or len(set(names)) < len(names):
+            raise ValueError("one protocol, or a list of different ones, is wanted")
+        for name in names:
+            protocol.load(name)
+        return value
+
     @model_validator(mode="after")
     def _something_is_trained(self) -> "Train":
         if not self.coarse.epochs + self.fine.epochs:
@@ -139,11 +196,6 @@ class Train(Section):
             wanted = f"at most the {self.fine.epochs} of fine.epochs" if self.fine_patch else "0 without fine_patch"
             raise ValueError(f"whole_epochs is {self.whole_epochs}; {wanted} is wanted")
         return self
-
-    min_samples_per_epoch: Count = 1
-    """An epoch goes through the scans as often as it takes to see this many, so that few scans do not mean few steps."""
-    site_temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """1: every scan equally often; towards 0: every site equally often."""
 
 
 class Evaluate(Section):
@@ -193,8 +245,8 @@ class Params(Section):
     resources: Resources = Resources()
 
     def run_name(self, network: str) -> str:
-        """``<network>-<experiment>-<seed>``; a colon in a network's name becomes a plus, so that it can name a folder."""
-        return f"{network.replace(':', '+')}-{self.experiment}-{self.train.seed}"
+        """``<network>-<experiment>-<seed>``, as ``dvc.yaml`` names the folder of its checkpoints."""
+        return f"{network}-{self.experiment}-{self.train.seed}"
 
 
 def load_params(path: str | os.PathLike = "params.yaml") -> Params:

@@ -20,7 +20,7 @@ from data_registry.errors import InputError
 from data_registry.volume import Volume, load_image, save_volume
 from lod_model import postprocess as cleaning
 from lod_model.predict import with_engine
-from lod_model.segment import classes_of, usable_weights
+from lod_model.segment import labels_of, usable_weights
 from lod_model.verdict import judge, volumes_ml
 from lod_model.weights import Weights, default
 
@@ -43,6 +43,8 @@ class Result:
     verdict: str
     reasons: tuple[str, ...]
     classes: tuple[str, ...]
+    maps: dict[str, np.ndarray]
+    """Label maps by protocol; the first is ``labels``, and what is said of volumes and verdict is said of it."""
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the label map as one file, NIfTI or MGH by its suffix. `lodbrain segment` writes all that belongs to it."""
@@ -66,11 +68,12 @@ class Model:
         if postprocess not in cleaning.METHODS:
             raise InputError(f"postprocess {postprocess!r} is not known; one of {', '.join(cleaning.METHODS)} is wanted")
         volume = scan if isinstance(scan, Volume) else load_image(scan)
-        protocol = protocols.load(self.weights.protocol)
-        labels, _, grave = classes_of(volume, weights=self.weights, postprocess=postprocess, threads=threads)
+        maps, _, grave = labels_of(volume, weights=self.weights, postprocess=postprocess, threads=threads)
+        name, labels = next(iter(maps.items()))
+        protocol = protocols.load(name)
         verdict = judge(labels, volume, protocol, warnings=grave)
         volumes = volumes_ml(labels, volume, protocol)
-        return Result(labels, volume.affine, volumes, verdict.verdict, verdict.reasons, protocol.class_names)
+        return Result(labels, volume.affine, volumes, verdict.verdict, verdict.reasons, protocol.class_names, maps)
 
 
 def load(weights: str | os.PathLike | None = None, *, engine: Literal["fast", "fast-bf16", "plain"] = "fast") -> Model:

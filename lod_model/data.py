@@ -80,6 +80,17 @@ class Scan:
             raise InputError(f"{where}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
+    def zscored(self, image: np.ndarray, raw: np.ndarray) -> np.ndarray:
+        """float32, by the moments of the whole scan on the full grid. ``image`` is what augmentation has made of ``raw``, a part of the scan or
+        a level of detail: what it did to their moments, it is taken to have done to the whole's."""
+        mean = self.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
+        deviation = self.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
+        return (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+
+    def has(self, protocol: protocols.Protocol) -> bool:
+        """Whether it has labels that the protocol speaks of."""
+        return bool(set(protocol.sources) & set(self.label_sources))
+
     def _read(self, column: str) -> dict[str, np.ndarray]:
         return self.store.read_row(self.shard, self.row_group, [column], scan_id=self.scan_id, sha256=self.shard_sha256)
 
@@ -143,10 +154,7 @@ class SampleDataset(Dataset):
         seed = sample_seed(self.seed, epoch, scan.scan_id)
         mirrored, voxel_mm = self.protocol.mirrored(), scan.voxel_mm * factor
         image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
-        # what augmentation did to the moments of this level, it is taken to have done to those of the full grid
-        mean = scan.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
-        deviation = scan.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
-        image = (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+        image = scan.zscored(image, raw)
         if pooling:
             image = pooled(image, COARSE_FACTOR)
             target = block_counts(target, COARSE_FACTOR, self.protocol.classes).astype(np.float32) / COARSE_FACTOR**3

@@ -80,6 +80,24 @@ class FastLODBrain:
         return self._run(x, out, softmax=True)
 
     @torch.inference_mode()
+    def classes(self, x: Tensor) -> Tensor:
+        """The likeliest class of each voxel, (D, H, W) uint8, the first among equals; logits are held for a slab at a time."""
+        self._check(x)
+        logits, above = None, ([], [])
+        for pool, level in zip(self.config.pools, self._levels, strict=True):
+            pooled = max_pooled(x, pool)                                     # (1, 1, D/pool, H/pool, W/pool)
+            if level.finest:
+                labels = torch.empty(pooled.shape[2:], dtype=torch.uint8)
+                level.run(pooled, above, logits, None, softmax=False, labels=labels)
+                finer = torch.empty(x.shape[2:], dtype=torch.uint8)
+                blocks(finer[None], pool).copy_(labels[None, :, None, :, None, :, None])
+                return finer
+            result = x.new_empty((self.config.classes, *pooled.shape[2:]))
+            above = level.run(pooled, above, logits, result, softmax=False)
+            logits = result
+        raise AssertionError("there is a finest level")
+
+    @torch.inference_mode()
     def _run(self, x: Tensor, out: Tensor | None, *, softmax: bool) -> Tensor:
         self._check(x)
         out = empty((1, self.config.classes, *x.shape[2:]), torch.float32, last=False) if out is None else out
@@ -123,26 +141,34 @@ class _FastLevel:
         stem = kernel_of(level.stem)
         self.stem = cast(Kernel(F.pad(taps_as_channels(stem.weight), [0] * 6 + [1, 1]), stem.bias), dtype)   # (C, 5, 3, 3, 1)
 
-    def run(self, x: Tensor, above: Features, coarse: Tensor | None, logits: Tensor, *, softmax: bool) -> Features:
+    def run(
+        self, x: Tensor, above: Features, coarse: Tensor | None, logits: Tensor | None, *, softmax: bool, labels: Tensor | None = None
+    ) -> Features:
         """Write the sum of this level's logits and the coarser ones' into ``logits``; return what the level after needs.
 
         x (1, 1, D, H, W); above, the features of the level before, at half the resolution; coarse (C, D/2, H/2, W/2) or None; logits
-        (C, D, H, W). ``softmax`` turns the sum into probabilities.
+        (C, D, H, W). ``softmax`` turns the sum into probabilities. With ``labels`` (D, H, W) uint8 its largest goes there, and no logits
+        are kept.
         """
         step = max(2, self.slab_voxels // (x.shape[3] * x.shape[4]) // 2 * 2)
         halved = self.first.prepare(x, step)
         wide, (down, up) = self._middle(halved, x.shape[2:], above, step)    # wide (1, w0, D/2, H/2, W/2)
-        step *= 8   # two slices of each window are copied to the next: more slices, fewer copies
+        # two slices of each window are copied to the next: more slices, fewer copies; of many classes fewer slices, less memory
+        step *= max(1, min(8, 56 // self.classify.outputs))
         fill = self._last_block(wide, x, above[1][-1] if above[1] else None)
         depth, window = x.shape[2], (1, self.stem.bias.numel(), 2 + (step if self.finest else x.shape[2]), *x.shape[3:])
         features = empty(window, self.dtype)                                # (1, 4·w0, step+2 or D+2, H, W)
         slide = _windows if self.finest else _fixed_windows
+        kept = x.new_empty((self.classify.outputs, step, *x.shape[3:])) if logits is None else None
         for a, b, slab in slide(fill, features, depth, step):
-            self.classify(slab, logits[:, a:b].permute(1, 2, 3, 0))
+            part = logits[:, a:b] if kept is None else kept[:, : b - a]
+            self.classify(slab, part.permute(1, 2, 3, 0))
             if coarse is not None:
-                add_upsampled(logits[:, a:b], coarse[:, a // 2 : b // 2])
+                add_upsampled(part, coarse[:, a // 2 : b // 2])
             if softmax:
-                softmax_(logits[:, a:b])
+                softmax_(part)
+            if labels is not None:
+                labels[a:b] = part.argmax(0)
         return down, up if self.finest else [*up, features[:, :, 1:-1]][1:]
 
     def _middle(self, halved: Fill, size: torch.Size, above: Features, step: int) -> tuple[Tensor, Features]:

@@ -93,8 +93,8 @@ class ThinConv:
     """
 
     def __init__(self, kernel: Kernel, dtype: torch.dtype) -> None:
-        channels = kernel.bias.numel()
-        self.group = min((1, 2, 4), key=lambda g: (g + 2) / g * (-(-g * channels // LANES)))
+        self.outputs = kernel.bias.numel()
+        self.group = min((1, 2, 4), key=lambda g: (g + 2) / g * (-(-g * self.outputs // LANES)))
         self.kernels = {group: cast(self._grouped(kernel, group), dtype) for group in {1, self.group}}
 
     @staticmethod

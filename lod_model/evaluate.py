@@ -22,6 +22,7 @@ from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import RESULTS, read_table, table_metadata, write_table
 from lod_model import metrics
 from lod_model.data import TABLES, Scan, all_folds, preparation
+from lod_model.predict import best_device, output_protocol, predict_classes
 from lod_model.tracking import Tracker
 from lod_model.train import finished, fold_folder, run_key, tracking_tags, training_identity
 
@@ -30,7 +31,7 @@ RESULTS_TABLE = TABLES / "results.parquet"
 CASES = TABLES / "cases"
 TEST_ROLES = ("internal_test", "external_test")
 WORST_CASES = 6
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Part of the table's identity; raise it when a change of code changes a score."""
 
 
@@ -43,8 +44,10 @@ class Contender:
     seed: int | None
     fold: int
     hash: str
-    predict: Callable[[Scan], np.ndarray]
-    """Scan → (D, H, W) uint8 classes on the shard's grid."""
+    predict: Callable[[Scan], dict[str, np.ndarray]]
+    """Scan → (D, H, W) uint8 classes on the shard's grid, by protocol."""
+    protocols: tuple[str, ...]
+    """Of its label maps, the one that the report shows first."""
 
 
 def main() -> None:
@@ -53,10 +56,8 @@ def main() -> None:
     folds = all_folds(params.resources)
     split_hash = table_metadata(TABLES / "split.parquet")["split_hash"]
     places = sorted((scan.scan_id, scan.place) for scan in (scan for roles in folds.values() for scans in roles.values() for scan in scans))
-    protocol_version = protocols.load(params.train.protocol).version
-    identity = fingerprint(
-        RECIPE_VERSION, params.evaluate.postprocess, params.train.protocol, protocol_version, split_hash, sha256(TABLES / "samples.parquet"), places
-    )
+    versions = [(name, protocols.load(name).version) for name in params.train.protocols]
+    identity = fingerprint(RECIPE_VERSION, params.evaluate.postprocess, versions, split_hash, sha256(TABLES / "samples.parquet"), places)
     kept = _kept_rows(identity)
     contenders = [contender for fold, roles in folds.items() for contender in _contenders(params, fold, roles)]
     rows: list[dict] = []
@@ -68,11 +69,11 @@ def main() -> None:
             for role in TEST_ROLES:
                 for scan in folds[contender.fold].get(role, []):
                     key = (contender.run, contender.fold, contender.hash, role, scan.scan_id)
-                    rows += kept.get(key) or _score(contender, role, scan, params.train.protocol, split_hash)
+                    rows += kept.get(key) or _score(contender, role, scan, split_hash)
                     progress.advance(bar)
     if not rows:
         raise InputError(f"{TABLES / 'split.parquet'}: no scan is held out; the split needs external_test or internal_test scans")
-    _write_cases(rows, {(c.run, c.fold): c for c in contenders}, folds, params.train.protocol)
+    _write_cases(rows, {(c.run, c.fold): c for c in contenders}, folds)
     write_table(RESULTS_TABLE, "results", rows, metadata={"identity": identity, "split_hash": split_hash})
     _track(rows, params)
     log.info("%s: %d rows", RESULTS_TABLE, len(rows))
@@ -94,12 +95,13 @@ def _kept_rows(identity: str) -> dict[tuple, list[dict]]:
     kept: dict[tuple, list[dict]] = {}
     if RESULTS_TABLE.is_file() and table_metadata(RESULTS_TABLE).get("identity") == identity:
         for row in read_table(RESULTS_TABLE, "results").to_pylist():
-            kept.setdefault((row["run"], row["fold"], row["weights_hash"], row["role"], row["scan_id"]), []).append(row)
+            run = row["run"].removesuffix(f"+{row['protocol']}")  # see run_of
+            kept.setdefault((run, row["fold"], row["weights_hash"], row["role"], row["scan_id"]), []).append(row)
     return kept
 
 
 def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iterator[Contender]:
-    from lod_model import weights
+    from lod_model import networks, weights
 
     for network in params.networks:
         run = params.run_name(network)
@@ -110,15 +112,14 @@ def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iter
                 f"run `python -m lod_model.train --network {network}`"
             )
         yield _network_contender(weights.load(path), run, params.train.seed, fold, params)
-    atlas = metrics.majority_atlas(scan.classes(protocols.load(params.train.protocol)) for scan in roles["train"])
-    name = f"atlas-{params.experiment}-{params.train.seed}"
-    yield Contender(name, "atlas", None, fold, fingerprint(atlas.tobytes().hex()), lambda _scan: atlas)
+    learned = {name for network in params.networks for name in networks.outputs(network, params.train.protocols)}
+    yield from _atlases([name for name in params.train.protocols if name in learned], params, fold, roles)
     for path in map(Path, params.evaluate.reference_weights):
         reference = weights.load(path)
-        if (reference.grid, reference.protocol) != (params.harmonise.grid, params.train.protocol):
+        if reference.grid != params.harmonise.grid or not set(reference.protocols) <= set(params.train.protocols):
             raise InputError(
                 f"{path}: weights for grid {reference.grid} and protocol {reference.protocol}; "
-                f"this project's are {params.harmonise.grid} and {params.train.protocol} (evaluate.reference_weights)"
+                f"this project's are {params.harmonise.grid} and {', '.join(params.train.protocols)} (evaluate.reference_weights)"
             )
         own, theirs = preparation(roles, standardise="none"), replace(reference.preparation, scale=None)  # a scale is applied on read
         if own != theirs:
@@ -129,59 +130,96 @@ def _contenders(params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iter
         yield _network_contender(reference, f"reference-{path.stem}", None, fold, params)
 
 
-def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Params) -> Contender:
-    from lod_model.postprocess import postprocess
-    from lod_model.predict import best_device, predict
+def _atlases(names: list[str], params: Params, fold: int, roles: dict[str, list[Scan]]) -> Iterator[Contender]:
+    """The majority atlas of the training scans, one run with a map for each protocol; none where the scans' grids differ in size."""
+    made = {}
+    for name in dict.fromkeys(map(output_protocol, names)):
+        table = protocols.load(name)
+        maps = (scan.classes(table) for scan in roles["train"] if scan.has(table))
+        try:
+            made[name] = metrics.majority_atlas(maps)
+        except ValueError as error:
+            log.warning("fold %d: no majority atlas of %s: %s", fold, name, error)
+    if made:
+        digest = fingerprint(*(atlas.tobytes().hex() for atlas in made.values()))
+        yield Contender(f"atlas-{params.experiment}-{params.train.seed}", "atlas", None, fold, digest, lambda _scan: made, tuple(made))
 
+
+def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Params) -> Contender:
     loaded.network.to(best_device())
 
-    def classes(scan: Scan) -> np.ndarray:
+    def classes(scan: Scan) -> dict[str, np.ndarray]:
         scan = scan.standardised(loaded.preparation.scale)
-        probabilities = predict(loaded.network, scan.t1w(), mean=scan.mean, deviation=scan.deviation, threads=params.resources.threads)
-        return postprocess(probabilities, method=params.evaluate.postprocess).argmax(axis=0).astype(np.uint8)
+        return predict_classes(
+            loaded.network, scan.t1w(), protocols=loaded.protocols, voxel_mm=scan.voxel_mm, mean=scan.mean, deviation=scan.deviation,
+            method=params.evaluate.postprocess, threads=params.resources.threads,
+        )  # fmt: skip
 
-    return Contender(run, loaded.name, seed, fold, loaded.hash, classes)
+    return Contender(run, loaded.name, seed, fold, loaded.hash, classes, tuple(map(output_protocol, loaded.protocols)))
 
 
-def _score(contender: Contender, role: str, scan: Scan, protocol_name: str, split_hash: str) -> list[dict]:
-    """The rows of one scan: Dice, HD95 (mm), predicted and reference volume (mL) of every structure."""
-    table = protocols.load(protocol_name)
-    reference, predicted = scan.classes(table), contender.predict(scan)
-    voxel_ml = scan.voxel_mm**3 / 1000
-    figures = {
+def run_of(run: str, protocol: str, contender_protocols: tuple[str, ...]) -> str:
+    """The run's name in tables: of several label maps, all but the first carry their protocol.
+
+    >>> run_of("neuronet-base-0", "spm_tissue", ("fsl_fast", "spm_tissue"))
+    'neuronet-base-0+spm_tissue'
+    """
+    return run if protocol == contender_protocols[0] else f"{run}+{protocol}"
+
+
+def _score(contender: Contender, role: str, scan: Scan, split_hash: str) -> list[dict]:
+    """The rows of one scan: Dice, HD95 (mm), predicted and reference volume (mL) of every structure of each protocol that it has labels of."""
+    rows = []
+    found = contender.predict(scan)
+    for name in contender.protocols:
+        table = protocols.load(name)
+        if not scan.has(table):
+            continue
+        common = {
+            "run": run_of(contender.run, name, contender.protocols), "network": contender.network, "protocol": name, "seed": contender.seed,
+            "fold": contender.fold, "role": role, "scan_id": scan.scan_id, "database": scan.database, "site": scan.site, "place": scan.place,
+            "split_hash": split_hash, "weights_hash": contender.hash,
+        }  # fmt: skip
+        assert set(common) | {"structure", "metric", "value", "unit"} == set(RESULTS.names)
+        reference, predicted = scan.classes(table), found[name]
+        if predicted.shape != reference.shape:  # an atlas of a grid of another size
+            continue
+        for (metric, unit), values in _compared(reference, predicted, table, scan.voxel_mm).items():
+            rows += [
+                {**common, "structure": structure, "metric": metric, "value": None if np.isnan(value) else float(value), "unit": unit}
+                for structure, value in zip(table.foreground, values, strict=True)
+            ]
+    return rows
+
+
+def _compared(reference: np.ndarray, predicted: np.ndarray, table: protocols.Protocol, voxel_mm: float) -> dict[tuple[str, str], np.ndarray]:
+    """(metric, unit) → its value for each foreground class."""
+    return {
         ("dice", "1"): metrics.dice(reference, predicted, table.classes),
-        ("hd95", "mm"): metrics.hd95(reference, predicted, table.classes, voxel_mm=(scan.voxel_mm,) * 3),
-        ("volume", "mL"): metrics.volumes_ml(predicted, table.classes, voxel_ml=voxel_ml),
-        ("reference_volume", "mL"): metrics.volumes_ml(reference, table.classes, voxel_ml=voxel_ml),
+        ("hd95", "mm"): metrics.hd95(reference, predicted, table.classes, voxel_mm=(voxel_mm,) * 3),
+        ("volume", "mL"): metrics.volumes_ml(predicted, table.classes, voxel_ml=voxel_mm**3 / 1000),
+        ("reference_volume", "mL"): metrics.volumes_ml(reference, table.classes, voxel_ml=voxel_mm**3 / 1000),
     }
-    common = {
-        "run": contender.run, "network": contender.network, "protocol": protocol_name, "seed": contender.seed, "fold": contender.fold, "role": role,
-        "scan_id": scan.scan_id, "database": scan.database, "site": scan.site, "place": scan.place,
-        "split_hash": split_hash, "weights_hash": contender.hash,
-    }  # fmt: skip
-    assert set(common) | {"structure", "metric", "value", "unit"} == set(RESULTS.names)
-    return [
-        {**common, "structure": structure, "metric": metric, "value": None if np.isnan(value) else float(value), "unit": unit}
-        for (metric, unit), values in figures.items()
-        for structure, value in zip(table.foreground, values, strict=True)
-    ]
 
 
-def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender], folds: dict, protocol_name: str) -> None:
+def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender], folds: dict) -> None:
     """Arrays of the worst held-out scans of each trained run, predicted once more; the folder holds these and nothing else."""
     shutil.rmtree(CASES, ignore_errors=True)
     CASES.mkdir(parents=True)
     scores: dict[tuple, list[float]] = {}
     for row in rows:
-        if row["metric"] == "dice" and row["role"] == "external_test" and row["network"] != "atlas" and row["value"] is not None:
+        contender = contenders.get((row["run"], row["fold"]))  # None: a run's further label maps
+        if contender and row["metric"] == "dice" and row["role"] == "external_test" and row["network"] != "atlas" and row["value"] is not None:
             scores.setdefault((row["run"], row["fold"], row["scan_id"]), []).append(row["value"])
     for run in dict.fromkeys(key[0] for key in scores):
         worst = sorted((float(np.mean(values)), key) for key, values in scores.items() if key[0] == run)[:WORST_CASES]
         for rank, (score, (_, fold, scan_id)) in enumerate(worst):
             scan = next(scan for scan in folds[fold]["external_test"] if scan.scan_id == scan_id)
+            contender = contenders[run, fold]
+            name = contender.protocols[0]
             with replacing(CASES / f"{run}-{rank}.npz") as aside, open(aside, "wb") as handle:
                 np.savez_compressed(
-                    handle, t1w=scan.t1w(), reference=scan.classes(protocols.load(protocol_name)), predicted=contenders[run, fold].predict(scan),
+                    handle, t1w=scan.t1w(), reference=scan.classes(protocols.load(name)), predicted=contender.predict(scan)[name],
                     scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score, voxel_mm=scan.voxel_mm,
                 )  # fmt: skip
 

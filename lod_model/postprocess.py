@@ -42,6 +42,19 @@ def postprocess(probabilities: np.ndarray, *, method: str) -> np.ndarray:
     return probabilities
 
 
+def clean_labels(labels: np.ndarray, *, method: str) -> np.ndarray:
+    """:func:`postprocess` of a label map (D, H, W) for which there are no probabilities: ``none``, or ``components``.
+
+    >>> clean_labels(np.array([[[1, 2, 0, 1]]], np.uint8), method="components").tolist()
+    [[[1, 2, 0, 0]]]
+    """
+    if method not in ("none", "components"):
+        raise InputError(f"postprocess {method!r} needs class probabilities, which are not kept for these labels; none or components is wanted")
+    if method == "none":
+        return labels
+    return np.where(largest_component(labels > 0), labels, labels.dtype.type(0))
+
+
 def hard_classes(probabilities: np.ndarray) -> np.ndarray:
     """(C, ...) probabilities → (...) uint8 index of the largest, the first among equals; one map is looked at a time.
 

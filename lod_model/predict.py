@@ -5,18 +5,74 @@ different values, so they come from its histogram.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from data_registry import intensity
+from data_registry import protocol as protocol_tables
 from data_registry.errors import InputError
+from lod_model import postprocess as cleaning
 from lod_model.engine import FastLODBrain, compile_network
+from lod_model.lateralise import relateralise
 from lod_model.networks.lod_brain import LODBrain
+from lod_model.views import sagittal_classes, view_classes
+from lod_model.windows import window_classes
 
 ENGINES = ("fast", "fast-bf16", "plain")
+MAX_PROBABILITY_BYTES = 2.5e9
+"""Of class probabilities in float32; of more classes the likeliest is taken a slab at a time, so that `segment` stays below 6 GiB."""
+_SLAB = 8
+
+
+def predict_classes(
+    network: torch.nn.Module | FastLODBrain,
+    conformed: np.ndarray,
+    *,
+    protocols: Sequence[str],
+    voxel_mm: float,
+    mean: float | None = None,
+    deviation: float | None = None,
+    method: str = "none",
+    threads: int | None = None,
+) -> dict[str, np.ndarray]:
+    """Label maps (D, H, W) uint8 of a conformed T1w (D, H, W) uint8, cleaned by ``method``, by the protocol that they are in.
+
+    Whatever the network: one that sees whole scans, one that predicts in windows, or three that see slices of a view each. ``protocols`` are
+    those that it was trained with; labels of FastSurfer's 79 classes are given their sides and come as its 95 ids. The rest as in
+    :func:`predict`.
+    """
+    found = predict_any(network, conformed, protocols=protocols, voxel_mm=voxel_mm, mean=mean, deviation=deviation, threads=threads)
+    if isinstance(found, dict):
+        return {name: cleaning.clean_labels(labels, method=method) for name, labels in found.items()}
+    labels = cleaning.hard_classes(cleaning.postprocess(found, method=method))
+    return dict([with_sides(protocols[0], labels)])
+
+
+def predict_any(
+    network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *, protocols: Sequence[str], voxel_mm: float, **how
+) -> np.ndarray | dict[str, np.ndarray]:
+    """Class probabilities (C, D, H, W) float32 where the network gives one map and they fit, else label maps by protocol, not cleaned."""
+    kind, classes = getattr(network, "predicts", "whole"), network.config.classes
+    if kind == "views":
+        return dict([with_sides(protocols[0], _viewed(network, conformed, protocols[0], voxel_mm, how.get("threads")))])
+    if kind == "windows":
+        maps = _windowed(network, conformed, **how)
+        return dict(with_sides(name, labels) for name, labels in zip(protocols, maps, strict=True))
+    if 4 * classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
+        return predict(network, conformed, **how)
+    return dict([with_sides(protocols[0], _slabwise(network, conformed, **how))])
+
+
+def output_protocol(name: str) -> str:
+    """The protocol of the label maps that a network trained with ``name`` gives."""
+    return {"fastsurfer79": "fastsurfer95"}.get(name, name)
+
+
+def with_sides(name: str, labels: np.ndarray) -> tuple[str, np.ndarray]:
+    """The output protocol, and the labels in it."""
+    return output_protocol(name), relateralise(labels) if output_protocol(name) != name else labels
 
 
 def predict(
@@ -35,39 +91,81 @@ def predict(
     ``threads`` holds for this call only.
     Raises :class:`InputError` for a grid without contrast.
     """
-    if mean is None or deviation is None:
-        mean, deviation = moments(conformed)
-    if not deviation > 0:
-        raise InputError(f"no contrast, every voxel of the grid is {mean:g}; a T1w image is wanted")
-    if isinstance(network, FastLODBrain):
-        return _predict_fast(network, conformed, mean=mean, deviation=deviation, threads=threads)
-    side = network.config.multiple
-    pad = [-n % side for n in conformed.shape]
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
-    was_training = network.training
-    network.eval()
-    with torch.inference_mode(), _threads(threads):
-        x = torch.tensor(conformed, device=device).float().sub_(mean).div_(deviation)[None, None]  # (1, 1, D, H, W)
-        if any(pad):
-            x = functional.pad(x, [n for end in reversed(pad) for n in (0, end)], value=-mean / deviation)
+    d, h, w = conformed.shape
+    with _asked(network, threads):
+        x = _image(network, conformed, mean, deviation)
+        if isinstance(network, FastLODBrain):
+            return np.ascontiguousarray(network.probabilities(x)[0, :, :d, :h, :w].numpy())  # (C, D, H, W)
         logits = network(x).float()  # (1, C, D, H, W)
         del x
         # softmax in place: a copy of (7, 256, 256, 256) float32 is 470 MB
         logits.sub_(logits.amax(dim=1, keepdim=True)).exp_()
         logits.div_(logits.sum(dim=1, keepdim=True))
-        d, h, w = conformed.shape
-        probabilities = logits[0, :, :d, :h, :w].contiguous().cpu().numpy()  # (C, D, H, W)
-    network.train(was_training)
-    return probabilities
+        return logits[0, :, :d, :h, :w].contiguous().cpu().numpy()  # (C, D, H, W)
 
 
-def _predict_fast(network: FastLODBrain, conformed: np.ndarray, *, mean: float, deviation: float, threads: int | None) -> np.ndarray:
+def _slabwise(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *, mean=None, deviation=None, threads: int | None = None) -> np.ndarray:
+    """The likeliest class of each voxel, (D, H, W) uint8; of the logits a slab at a time is held, but on a GPU and for unknown networks."""
+    d, h, w = conformed.shape
+    with _asked(network, threads):
+        x = _image(network, conformed, mean, deviation)
+        if isinstance(network, FastLODBrain):
+            return np.ascontiguousarray(network.classes(x)[:d, :h, :w].numpy())
+        if not hasattr(network, "features"):
+            return network(x)[0, :, :d, :h, :w].argmax(0).to(torch.uint8).cpu().numpy()
+        features = network.features(x)
+        slabs = [network.head(part)[0].argmax(0).to(torch.uint8) for part in features.split(_SLAB, dim=2)]
+        return torch.cat(slabs)[:d, :h, :w].cpu().numpy()
+
+
+def _windowed(network: torch.nn.Module, conformed: np.ndarray, *, mean=None, deviation=None, threads: int | None = None) -> list[np.ndarray]:
+    """A label map (D, H, W) for each output of a network that sees windows."""
+    with _asked(network, threads):
+        found = window_classes(network, _image(network, conformed, mean, deviation))
+    d, h, w = conformed.shape
+    return [np.ascontiguousarray(labels[:d, :h, :w]) for labels in found.values()]  # as the network has its outputs: in order of protocols
+
+
+def _viewed(network: torch.nn.Module, conformed: np.ndarray, protocol: str, voxel_mm: float, threads: int | None) -> np.ndarray:
+    """The label map (D, H, W) of three views together."""
     side = network.config.multiple
-    pad = [(0, -n % side) for n in conformed.shape]
-    with torch.inference_mode(), _threads(threads):
-        x = torch.from_numpy(np.pad(conformed, pad)).float().sub_(mean).div_(deviation)[None, None]  # (1, 1, D, H, W)
-        d, h, w = conformed.shape
-        return np.ascontiguousarray(network.probabilities(x)[0, :, :d, :h, :w].numpy())  # (C, D, H, W)
+    whole = np.pad(conformed, [(0, -n % side) for n in conformed.shape])
+    sagittal, _ = sagittal_classes(protocol_tables.load(protocol))
+    half = isinstance(network, HalfPrecision)
+    with _asked(network, threads), network.autocast() if half else contextlib.nullcontext():
+        found = view_classes(network.network if half else network, whole, voxel_mm=voxel_mm, sagittal=sagittal)
+    d, h, w = conformed.shape
+    return np.ascontiguousarray(found[:d, :h, :w])
+
+
+def _image(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, mean: float | None, deviation: float | None) -> torch.Tensor:
+    """(1, 1, D, H, W) float32, z-scored over all voxels, padded with intensity 0 to the network's multiple, where its parameters are."""
+    if mean is None or deviation is None:
+        mean, deviation = moments(conformed)
+    if not deviation > 0:
+        raise InputError(f"no contrast, every voxel of the grid is {mean:g}; a T1w image is wanted")
+    side = network.config.multiple
+    device = torch.device("cpu") if isinstance(network, FastLODBrain) else next((p.device for p in network.parameters()), torch.device("cpu"))
+    padded = np.pad(conformed, [(0, -n % side) for n in conformed.shape])
+    return torch.tensor(padded, device=device).float().sub_(mean).div_(deviation)[None, None]
+
+
+@contextlib.contextmanager
+def _asked(network: torch.nn.Module | FastLODBrain, threads: int | None) -> Iterator[None]:
+    """A network in use: not trained, without gradients, with so many threads."""
+    was_training = getattr(network, "training", False)
+    if was_training:
+        network.eval()
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(before)
+        if was_training:
+            network.train()
 
 
 class HalfPrecision(torch.nn.Module):
@@ -76,11 +174,16 @@ class HalfPrecision(torch.nn.Module):
     def __init__(self, network: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.network, self.dtype, self.config = network, dtype, network.config
+        self.predicts = getattr(network, "predicts", "whole")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, 1, D, H, W) → the network's output in ``dtype``."""
-        with torch.autocast(x.device.type, dtype=self.dtype):
+        with self.autocast():
             return self.network(x)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network computes."""
+        return torch.autocast(next(self.network.parameters()).device.type, dtype=self.dtype)
 
 
 def with_engine(
@@ -122,13 +225,3 @@ def moments(conformed: np.ndarray) -> tuple[float, float]:
     """
     return intensity.moments(np.bincount(conformed.reshape(-1), minlength=256))
 
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if number is not None:
-        torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

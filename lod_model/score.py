@@ -22,7 +22,7 @@ from data_registry.label_sources import find_labels
 from data_registry.volume import Volume, load_image, load_labels
 from lod_model import metrics
 from lod_model import postprocess as cleaning
-from lod_model.predict import with_engine
+from lod_model.predict import output_protocol, with_engine
 from lod_model.segment import classes_of, find_scans, usable_weights
 from lod_model.weights import Weights
 
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parser.parse_args()
     weights = usable_weights(arguments.weights)
     weights = replace(weights, network=with_engine(weights.network, "fast")[0])
-    columns = ["database", "scan", *protocols.load(weights.protocol).foreground, "mean"]
+    columns = ["database", "scan", *protocols.load(output_protocol(weights.protocols[0])).foreground, "mean"]
     print("\t".join(columns))
     rows = []
     for database in arguments.databases:
@@ -61,7 +61,7 @@ def labelled_scans(database: Path, weights: Weights) -> list[tuple[Path, Path]]:
     for scan in scans:
         parts = dict(part.split("-", 1) for part in scan.name.split("_") if "-" in part)
         labels = find_labels(database, parts.get("sub", ""), parts.get("ses", ""))
-        source = next((source for source in protocols.load(weights.protocol).sources if source in labels), None)
+        source = next((source for source in protocols.load(weights.protocols[0]).sources if source in labels), None)
         if source:
             found.append((scan, labels[source]))
         else:
@@ -73,7 +73,7 @@ def labelled_scans(database: Path, weights: Weights) -> list[tuple[Path, Path]]:
 
 def dice_at_1mm(scan: Path, labels: Path, weights: Weights, *, postprocess: str = "components") -> np.ndarray:
     """Dice of each foreground class, (classes − 1,)."""
-    protocol, conformed = protocols.load(weights.protocol), conform(load_image(scan), grid="1mm")
+    protocol, conformed = protocols.load(output_protocol(weights.protocols[0])), conform(load_image(scan), grid="1mm")
     truth = protocol.classes_of(labels_to_grid(load_labels(labels), conformed.placement), where=str(labels))
     predicted, _, _ = classes_of(Volume(conformed.data, conformed.placement.affine, scan), weights=weights, postprocess=postprocess)
     return metrics.dice(truth, predicted, protocol.classes)

@@ -8,7 +8,8 @@ Outputs of ``sub-01_ses-1_T1w.nii.gz``, all in one folder (names after BIDS deri
 - ``…_overlay.png``   three slices with the labels
 - ``…_dseg.json``     what was read, what made it, the verdict with its reasons, and the outputs' hashes; written last
 
-A refused scan leaves the JSON alone, with verdict ``fail``. A name belongs to one input: where two inputs, in one call or in an earlier
+Where the weights have several label protocols, each has its own four files, ``…_seg-<protocol>_desc-lodbrain_…`` (the protocol without
+underscores); the JSON is one. A refused scan leaves the JSON alone, with verdict ``fail``. A name belongs to one input: where two inputs, in one call or in an earlier
 one into the same folder, would share it, the names of their folders (or their full file names) are put in front.
 """
 
@@ -29,15 +30,17 @@ from typing import Any, Literal
 import numpy as np
 
 from data_registry import protocol as protocols
-from data_registry.conform import Conformed, parse_grid, probabilities_to_native
+from data_registry.conform import Conformed, labels_to_native, parse_grid, probabilities_to_native
 from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.intensity import prepare
 from data_registry.volume import Volume, load_image
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
-from lod_model.predict import ENGINES, predict, with_engine
-from lod_model.segment_outputs import SIDECAR, leave_refusal, made_folder, output_file, output_names, write_outputs, write_sidecar
+from lod_model.predict import ENGINES, output_protocol, predict_any, with_engine
+from lod_model.segment_outputs import (
+    SIDECAR, leave_refusal, made_folder, output_file, output_names, protocol_front, write_outputs, write_sidecar,
+)  # fmt: skip
 from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
 
 _LOG = logging.getLogger(__name__)
@@ -100,9 +103,12 @@ def usable_weights(path: str | os.PathLike) -> weight_files.Weights:
     """Weights whose protocol and grid are known here; anything else is an :class:`InputError` before the first scan is read."""
     loaded = weight_files.load(path)
     parse_grid(loaded.grid)
-    protocol, classes = protocols.load(loaded.protocol), loaded.network.config.classes
-    if classes != protocol.classes:
-        raise InputError(f"{path}: the network has {classes} classes; {protocol.classes} are wanted for its protocol {protocol.name}")
+    wanted = {name: protocols.load(name).classes for name in loaded.protocols}
+    config = loaded.network.config
+    came = getattr(config, "protocols", {loaded.protocols[0]: config.classes})
+    if dict(came) != wanted:
+        numbers = ", ".join(f"{number} of {name}" for name, number in wanted.items())
+        raise InputError(f"{path}: the network has {', '.join(map(str, came.values()))} classes; {numbers} are wanted for its protocol")
     return loaded
 
 
@@ -135,25 +141,46 @@ def _t1w_below(folder: Path) -> list[Path]:
     return found
 
 
-def classes_of(
+def labels_of(
     scan: Volume, *, weights: weight_files.Weights, postprocess: str = "none", threads: int | None = None
-) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
-    """Class indices (I, J, K) uint8 of a scan on its own grid, all warnings of reading and conforming, and those that touch the labels.
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], tuple[str, ...]]:
+    """Class indices (I, J, K) uint8 of a scan on its own grid, by protocol, all warnings of reading and conforming, and those that touch the labels.
 
     That the scan is larger than the grid touches the labels only if they reach the grid's edge: beyond it is mostly air.
     """
     conformed = prepare(scan, grid=weights.grid, preparation=weights.preparation)
-    probabilities = predict(weights.network, conformed.data, threads=threads)  # (C, D, H, W)
-    classes, grave = _native_classes(probabilities, scan, conformed, postprocess)
-    return classes, conformed.warnings, grave
+    labels, grave = _native_labels(_asked(weights, conformed, threads), weights, scan, conformed, postprocess)
+    return labels, conformed.warnings, grave
 
 
-def _native_classes(probabilities: np.ndarray, scan: Volume, conformed: Conformed, postprocess: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class indices on the scan's own grid, and the warnings that touch them; changes the probabilities."""
-    probabilities = cleaning.postprocess(probabilities, method=postprocess)
-    on_grid = Volume(cleaning.hard_classes(probabilities), conformed.placement.affine)
-    at_edge = max(cut_cm2(on_grid.data, on_grid).values()) > MAX_CUT_CM2
-    native = probabilities_to_native(probabilities, conformed.placement)
+def classes_of(scan: Volume, *, weights: weight_files.Weights, **how) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """As :func:`labels_of`, the first label map alone."""
+    labels, warnings, grave = labels_of(scan, weights=weights, **how)
+    return next(iter(labels.values())), warnings, grave
+
+
+def _asked(weights: weight_files.Weights, conformed: Conformed, threads: int | None) -> np.ndarray | dict[str, np.ndarray]:
+    """What the network says on the grid: class probabilities, or label maps by protocol."""
+    return predict_any(
+        weights.network, conformed.data, protocols=weights.protocols, voxel_mm=conformed.placement.voxel_mm, threads=threads
+    )  # fmt: skip
+
+
+def _native_labels(
+    found: np.ndarray | dict[str, np.ndarray], weights: weight_files.Weights, scan: Volume, conformed: Conformed, postprocess: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Label maps on the scan's own grid, and the warnings that touch them; changes probabilities in place.
+
+    Probabilities are interpolated before the largest is taken; of label maps the nearest voxel is.
+    """
+    if isinstance(found, dict):
+        on_grid = {name: cleaning.clean_labels(labels, method=postprocess) for name, labels in found.items()}
+        native = {name: labels_to_native(labels, conformed.placement) for name, labels in on_grid.items()}
+    else:
+        probabilities = cleaning.postprocess(found, method=postprocess)
+        on_grid = {weights.protocols[0]: cleaning.hard_classes(probabilities)}
+        native = {weights.protocols[0]: probabilities_to_native(probabilities, conformed.placement)}
+    at_edge = any(max(cut_cm2(labels, Volume(labels, conformed.placement.affine)).values()) > MAX_CUT_CM2 for labels in on_grid.values())
     return native, conformed.warnings if at_edge else scan.warnings
 
 
@@ -171,7 +198,8 @@ class _Job:
     error: Exception | None = None
     scan: Volume | None = field(default=None, repr=False)
     conformed: Conformed | None = field(default=None, repr=False)
-    probabilities: np.ndarray | None = field(default=None, repr=False)
+    dseg: Path | None = None
+    found: np.ndarray | dict[str, np.ndarray] | None = field(default=None, repr=False)
 
     @contextlib.contextmanager
     def stage(self):
@@ -200,7 +228,7 @@ def _run(
             _compute(job, weights, threads)
             if writing:
                 outcomes.append(writing.result())
-            writing = writer.submit(_finish, job, postprocess, on_done)
+            writing = writer.submit(_finish, job, weights, postprocess, on_done)
         outcomes.append(writing.result())
     return outcomes
 
@@ -232,46 +260,60 @@ def _compute(job: _Job, weights: weight_files.Weights, threads: int | None) -> N
     if job.error is None:
         with job.stage():
             start = time.perf_counter()
-            job.probabilities = predict(weights.network, job.conformed.data, threads=threads)  # (C, D, H, W)
+            job.found = _asked(weights, job.conformed, threads)
             job.sidecar["network_seconds"] = round(time.perf_counter() - start, 3)
 
 
-def _finish(job: _Job, postprocess: str, on_done: Callable[[Outcome], None]) -> Outcome:
+def _finish(job: _Job, weights: weight_files.Weights, postprocess: str, on_done: Callable[[Outcome], None]) -> Outcome:
     """Clean, judge and write, or refuse."""
     if job.error is None:
         with job.stage():
             output_file(job.front, SIDECAR).unlink(missing_ok=True)  # from here on an earlier result is no longer complete
-            job.sidecar |= _write(job, postprocess)
+            job.sidecar |= _write(job, weights, postprocess)
     outcome = None
     if job.error is None:
-        reasons, dseg = tuple(job.sidecar["reasons"]), output_file(job.front, "dseg.nii.gz")
+        reasons, dseg = tuple(job.sidecar["reasons"]), job.dseg
         outcome = Outcome(job.path, job.sidecar["verdict"], reasons, job.seconds, dseg)
         with job.stage():
             write_sidecar(job.front, _said(job.sidecar, outcome))
     if job.error is not None:
         outcome = Outcome(job.path, "fail", (_line(job.path, job.error),), job.seconds)
-        leave_refusal(job.front, _said(job.sidecar, outcome))
-    job.scan = job.conformed = job.probabilities = None
+        leave_refusal(job.front, _said(job.sidecar, outcome), protocols=_outputs(weights))
+    job.scan = job.conformed = job.found = None
     on_done(outcome)
     return outcome
 
 
-def _write(job: _Job, postprocess: str) -> dict:
-    """Write one scan's outputs but the sidecar; returns what the sidecar says of them."""
-    scan, protocol = job.scan, protocols.load(job.sidecar["protocol"])
-    classes, grave = _native_classes(job.probabilities, scan, job.conformed, postprocess)
-    verdict = judge(classes, scan, protocol, warnings=grave)
-    volumes = volumes_ml(classes, scan, protocol)
+def _write(job: _Job, weights: weight_files.Weights, postprocess: str) -> dict:
+    """Write one scan's outputs but the sidecar; returns what the sidecar says of them. Of several label maps, the worst verdict counts."""
+    scan, outputs = job.scan, _outputs(weights)
+    found, grave = _native_labels(job.found, weights, scan, job.conformed, postprocess)
+    verdicts, volumes, hashes = {}, {}, {}
+    for name, classes in found.items():
+        protocol, front = protocols.load(name), protocol_front(job.front, name, outputs)
+        verdicts[name] = judge(classes, scan, protocol, warnings=grave)
+        volumes[name] = volumes_ml(classes, scan, protocol)
+        hashes |= write_outputs(front, scan, classes, protocol=protocol, volumes=volumes[name], verdict=verdicts[name])
+    job.dseg = output_file(protocol_front(job.front, outputs[0], outputs), "dseg.nii.gz")
+    rounded = {name: {structure: round(ml, 3) for structure, ml in of.items()} for name, of in volumes.items()}
+    many = len(found) > 1
+    reasons = [f"{name}: {reason}" if many else reason for name, one in verdicts.items() for reason in one.reasons]
     return {
-        "protocol_version": protocol.version,
+        "protocol": weight_files.joined(outputs),
+        "protocol_version": " ".join(protocols.load(name).version for name in outputs),
         "voxel_mm": [round(float(edge), 6) for edge in scan.voxel_mm],
         "orientation": scan.orientation,
         "warnings": list(job.conformed.warnings),
-        "verdict": verdict.verdict,
-        "reasons": list(verdict.reasons),
-        "volumes_ml": {name: round(ml, 3) for name, ml in volumes.items()},
-        "outputs_sha256": write_outputs(job.front, scan, classes, protocol=protocol, volumes=volumes, verdict=verdict),
+        "verdict": max((one.verdict for one in verdicts.values()), key=("pass", "review", "fail").index),
+        "reasons": list(dict.fromkeys(reasons)),
+        "volumes_ml": rounded if many else rounded[outputs[0]],
+        "outputs_sha256": hashes,
     }
+
+
+def _outputs(weights: weight_files.Weights) -> tuple[str, ...]:
+    """The protocols of the label maps."""
+    return tuple(map(output_protocol, weights.protocols))
 
 
 def _about(weights: weight_files.Weights, postprocess: str) -> dict:

@@ -79,6 +79,18 @@ def output_file(front: Path, output: str) -> Path:
     return front.with_name(f"{front.name}_{output}")
 
 
+def protocol_front(front: Path, protocol: str, protocols: Sequence[str]) -> Path:
+    """What a label map's files begin with: the scan's, and BIDS' entity ``seg`` where there are several maps.
+
+    >>> protocol_front(Path("sub-1_desc-lodbrain"), "fsl_fast", ("fsl_fast", "spm_tissue")).name
+    'sub-1_seg-fslfast_desc-lodbrain'
+    """
+    if len(protocols) == 1:
+        return front
+    stem = front.name.removesuffix(f"_desc-{DESCRIPTION}")
+    return front.with_name(f"{stem}_seg-{protocol.replace('_', '')}_desc-{DESCRIPTION}")
+
+
 def made_folder(out: str | os.PathLike) -> Path:
     out = Path(out)
     try:
@@ -107,11 +119,12 @@ def write_sidecar(front: Path, content: dict) -> None:
     _write_text(output_file(front, SIDECAR), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def leave_refusal(front: Path, sidecar: dict) -> None:
+def leave_refusal(front: Path, sidecar: dict, *, protocols: Sequence[str]) -> None:
     """No label map of an earlier run may stand beside a refusal."""
     try:
-        for output in OUTPUTS:
-            output_file(front, output).unlink(missing_ok=True)
+        for own in {front, *(protocol_front(front, protocol, protocols) for protocol in protocols)}:
+            for output in OUTPUTS:
+                output_file(own, output).unlink(missing_ok=True)
         write_sidecar(front, sidecar)
     except OSError as error:  # e.g. a full disk: the caller still hears of the refusal
         _LOG.debug("%s", front, exc_info=error)

@@ -21,7 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model.data import TABLES, EpochOrder, SampleDataset, Scan, Windows, all_folds, preparation
+from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
@@ -80,8 +80,9 @@ def fold_folder(run: str, fold: int) -> Path:
 
 def training_identity(network: str, params: Params) -> str:
     """Fingerprint of all that a run's weights depend on; read from the settings and the tables below the current folder."""
-    table = protocol.load(params.train.protocol)
-    return fingerprint(RECIPE_VERSION, network, params.train, table.version, params.harmonise.grid, tracking_tags())
+    versions = [protocol.load(name).version for name in params.train.protocols]
+    versions = versions[0] if isinstance(params.train.protocol, str) else versions
+    return fingerprint(RECIPE_VERSION, network, params.train, versions, params.harmonise.grid, tracking_tags())
 
 
 def tracking_tags() -> dict[str, str]:
@@ -102,8 +103,13 @@ def finished(run: str, fold: int) -> str | None:
 
 def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[Scan]], identity: str, *, tracker: Tracker, child: str, tick) -> None:
     """All stages of one fold, then its weights and, last, its ``fold.json``."""
+    from lod_model import networks
+
+    learned = networks.outputs(network, params.train.protocols)
+    tables = [protocol.load(name) for name in learned]
+    roles = {role: [scan for scan in scans if any(map(scan.has, tables))] for role, scans in roles.items()}
     if not roles.get("train"):
-        raise InputError(f"{TABLES / 'split.parquet'}: fold {fold} has no scan to train on")
+        raise InputError(f"{TABLES / 'split.parquet'}: fold {fold} has no scan to train on that has labels of {' or '.join(learned)}")
     folder = fold_folder(params.run_name(network), fold)
     if not (folder / f"started-{identity}").is_file():  # leftovers of other settings
         shutil.rmtree(folder, ignore_errors=True)
@@ -127,7 +133,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
             net.load_state_dict(kept["state"])
             stages[level] = kept["record"]
             continue
-        stages[level] = _fit(net, level, params, roles, folder, tracker=tracker, child=child, tick=tick)
+        stages[level] = _fit(network, net, level, params, roles, folder, tracker=tracker, child=child, tick=tick)
         with replacing(done) as aside:
             torch.save({"state": net.state_dict(), "record": stages[level]}, aside)
     net.eval()
@@ -135,7 +141,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
     }  # fmt: skip
-    about = {"name": network, "protocol": params.train.protocol, "grid": params.harmonise.grid}
+    about = {"name": network, "protocol": weights.joined(learned), "grid": params.harmonise.grid}
     weights.save(folder / "weights.pt", net, **about, preparation=prepared, provenance=provenance)
     tracker.metrics(child, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})
     tracker.finish(child)
@@ -156,7 +162,8 @@ def _grown(network: str, level: str, previous, params: Params):
     from lod_model import networks
 
     torch.manual_seed(params.train.seed)
-    config = {"classes": protocol.load(params.train.protocol).classes, **params.train.network}
+    learned = [protocol.load(name) for name in networks.outputs(network, params.train.protocols)]
+    config = {**networks.config_for(network, learned), **params.train.network_of(network)}
     if level == "coarse":
         return networks.build_coarse(network, config)
     net = networks.build(network, config)
@@ -167,7 +174,12 @@ def _grown(network: str, level: str, previous, params: Params):
 
 def _check_fits(name: str, net, params: Params) -> None:
     """That the network has what the settings ask for; InputError names the setting."""
+    from lod_model import networks
+
     settings = params.train
+    for key, value in settings.network.items():
+        if isinstance(value, dict) and not networks.is_known(key):
+            raise InputError(f"train.network.{key}: no such network; a setting, or settings below one of {', '.join(networks.names())}, is wanted")
     if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
         raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
     if settings.fine_patch and (not hasattr(net, "forward_window") or net.config.levels == 1):
@@ -176,33 +188,23 @@ def _check_fits(name: str, net, params: Params) -> None:
         raise InputError(f"train.fine_patch is {settings.fine_patch}: null or a multiple of {net.config.multiple} is wanted")
 
 
-def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
+def _fit(network: str, net, level: str, params: Params, roles: dict[str, list[Scan]], folder: Path, *, tracker: Tracker, child: str, tick) -> dict:
     """Fit one stage; the network ends with the weights of its best epoch. Returns epochs, best validation Dice and the history."""
     import torch
     from pytorch_lightning import Trainer, seed_everything
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-    from torch.utils.data import DataLoader
 
-    from lod_model.module import StageModule
+    from lod_model import networks
+    from lod_model.feeding import Feeding
+    from lod_model.module import MODULES
 
     _quiet()
     settings, resources = params.train, params.resources
     if resources.threads:
         torch.set_num_threads(resources.threads)
     seed_everything(settings.seed, verbose=False)
-    loaders = {}
-    for role in ("train", "val"):
-        scans, training = roles.get(role, []), role == "train"
-        enough = settings.min_samples_per_epoch if training else 1
-        order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training, at_least=enough)
-        windows = None
-        if training and level == "fine" and settings.fine_patch:
-            windows = Windows(settings.fine_patch, net.config.multiple, (settings.fine.epochs - settings.whole_epochs) * order.passes)
-        data = SampleDataset(
-            scans, level=level, protocol=settings.protocol, augmentation=settings.augmentation if training else "none", seed=settings.seed,
-            augmented=settings.coarse_augmentation, windows=windows,
-        )  # fmt: skip
-        loaders[role] = DataLoader(data, sampler=order, batch_size=settings.batch_size, num_workers=resources.loader_workers)
+    fed = Feeding(network, net, level, settings)
+    loaders = {role: fed.loader(roles.get(role, []), training=role == "train", workers=resources.loader_workers) for role in ("train", "val")}
     best, history = ModelCheckpoint(folder / level, "best", monitor="val_dice", mode="max"), _History(tick, tracker, child, level)
     last = ModelCheckpoint(folder / level, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
     validated = bool(roles.get("val"))
@@ -214,7 +216,8 @@ def _fit(net, level: str, params: Params, roles: dict[str, list[Scan]], folder: 
         devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     resume = folder / level / "last.ckpt"
-    module = StageModule(net, level=level, settings=settings)
+    recipe = networks.recipe(network)
+    module = MODULES[recipe.samples](net, level=level, settings=settings, recipe=recipe)
     trainer.fit(module, loaders["train"], loaders["val"] if validated else None, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     chosen = best.best_model_path if validated and best.best_model_path else resume
     module.load_state_dict(torch.load(chosen, weights_only=True)["state_dict"])

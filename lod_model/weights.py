@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Weights:
     """A network ready to predict, in eval mode on the CPU, and what is known of it.
 
     name         key of ``networks.NETWORKS``
-    protocol     label protocol of its classes, such as ``lod7``
+    protocol     label protocol of its classes, such as ``lod7``; of several outputs all, joined by a plus
     grid         grid it was trained on, such as ``1mm``
     hash         ``weights_hash`` of its tensors: the same for a .pt, the .h5 it came from and the .safetensors made of it
     provenance   plain values: source, licence, citation, run, data, ...
@@ -68,6 +69,16 @@ class Weights:
     provenance: dict[str, Any]
     path: Path
     preparation: Preparation = ROBUST
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """Names of all of them, in the order of the network's outputs."""
+        return tuple(self.protocol.split("+"))
+
+
+def joined(protocols: Sequence[str]) -> str:
+    """Several protocols as a checkpoint names them."""
+    return "+".join(protocols)
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
@@ -91,7 +102,7 @@ def save(
 ) -> Path:
     """Write the checkpoint at ``path``, whole or not at all. ``provenance`` holds plain values, lists and dicts only."""
     path = Path(path)
-    if name not in networks.NETWORKS:
+    if not networks.is_known(name):
         raise WeightsError(f"{path}: network {name!r}, wanted one of {', '.join(networks.names())}")
     _check_plain(provenance, f"{path}: provenance")
     content = {

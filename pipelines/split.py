@@ -23,15 +23,16 @@ def main() -> None:
     params = load_params()
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
     samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok"]
-    wanted = protocol.load(params.train.protocol).sources
+    asked = " or ".join(params.train.protocols)
+    wanted = list(dict.fromkeys(source for name in params.train.protocols for source in protocol.load(name).sources))
     usable = [scans[row["scan_id"]] for row in samples if set(row["label_sources"]) & set(wanted)]
     unlabelled = [row for row in samples if not set(row["label_sources"]) & set(wanted)]
     if not usable:
-        raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {params.train.protocol} (sources {', '.join(wanted)})")
+        raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
     rows, notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
-    general = [f"{row['scan_id']}: left out, no labels of protocol {params.train.protocol} (has {_has(row)})" for row in unlabelled]
+    general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")

@@ -26,7 +26,7 @@ def test_the_projects_own_settings():
     ("text", "words"),
     [
         ("index: {roots: [a]}\nharmonize: {}\n", "harmonize is not a known key; experiment, networks, index, harmonise"),
-        ("index: {roots: [a]}\ntrain: {epochs: 3}\n", "train.epochs is not a known key; protocol, seed, coarse"),
+        ("index: {roots: [a]}\ntrain: {epochs: 3}\n", "train.epochs is not a known key; protocol, recipe, seed, coarse"),
         ("index: {roots: [a]}\nharmonise: {grid: 1}\n", "harmonise.grid is 1"),
         ("index: {roots: [a]}\nharmonise: {grid: big}\n", "harmonise.grid is 'big': grid 'big' is not known"),
         ("index: {roots: [a]}\nharmonise: {block_protocols: [lod8]}\n", "protocol 'lod8' is not known; one of lod7"),

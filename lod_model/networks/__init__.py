@@ -2,17 +2,22 @@
 
 A new network is a file here and a line below. Its class has ``from_dict(config)``, a class method that builds the network
 from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for the checkpoint, and ``multiple``, which every
-side of an image must be a multiple of. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
+side of an image must be a multiple of; its file has ``RECIPE``, how it is fed and trained. If it is trained coarse to fine it
+also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
 ('lod_brain', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
+>>> build("monai:BasicUNet", {"classes": 3}).config.classes
+3
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from data_registry.errors import InputError
@@ -20,10 +25,14 @@ from data_registry.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
+    from data_registry.protocol import Protocol
+    from lod_model.networks.recipe import Recipe
+
 NETWORKS = {                                   # name → module of this folder : class
     "lod_brain": "lod_brain:LODBrain",
     "unet": "unet:UNet",
 }
+MONAI = "monai:"                               # and any 3-D network of MONAI, by its class
 
 
 def names() -> tuple[str, ...]:
@@ -49,12 +58,39 @@ def load_coarse(net: nn.Module, coarse: nn.Module, *, freeze: bool = False) -> N
     net.load_coarse(coarse, freeze=freeze)
 
 
+def config_for(name: str, protocols: Sequence[Protocol]) -> dict:
+    """What in a network's configuration follows from the protocols it is trained with: its classes, or several outputs; else of the first alone."""
+    return getattr(_module(name)[0], "config_for", lambda tables: {"classes": tables[0].classes})(protocols)
+
+
+def outputs(name: str, protocols: Sequence[str]) -> tuple[str, ...]:
+    """Those of the protocols that the network learns: all where it has an output for each, else the first."""
+    return tuple(protocols) if _module(name)[0].RECIPE.loss == "cross_entropy" else tuple(protocols[:1])
+
+
+def recipe(name: str) -> Recipe:
+    """How a network is fed and trained."""
+    return _module(name)[0].RECIPE
+
+
+def is_known(name: str) -> bool:
+    """Whether there may be such a network; of MONAI's that is known when it is built."""
+    return name in NETWORKS or name.startswith(MONAI)
+
+
+def _module(name: str) -> tuple[ModuleType, str]:
+    """The file of a network, and its class there."""
+    if not is_known(name):
+        raise InputError(f"network {name!r} is not known; one of {', '.join(names())} or {MONAI}<class> is wanted")
+    module, network = "monai_net:MONAINet".split(":") if name.startswith(MONAI) else NETWORKS[name].split(":")
+    return import_module(f"{__name__}.{module}"), network
+
+
 def _made(name: str, how: str, config: dict | None) -> nn.Module | None:
-    if name not in NETWORKS:
-        raise InputError(f"network {name!r} is not known; one of {', '.join(names())} is wanted")
-    module, network = NETWORKS[name].split(":")
-    maker = getattr(getattr(import_module(f"{__name__}.{module}"), network), how, lambda _: None)
+    module, network = _module(name)
+    maker = getattr(getattr(module, network), how, lambda _: None)
+    config = dict(config or {}) | ({"net": name.removeprefix(MONAI)} if name.startswith(MONAI) else {})
     try:
-        return maker(config or {})
+        return maker(config)
     except ValueError as error:
         raise InputError(f"network {name}: {error}") from None

@@ -33,6 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lod_model.networks.conventions import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, is_integer, l2_penalty
 from lod_model.networks.group_norm import GroupNorm
+from lod_model.networks.recipe import LOD_BRAIN
+
+RECIPE = LOD_BRAIN
 
 COARSE_POOL = 4
 

@@ -26,6 +26,9 @@ from torch.nn import functional as F
 
 from lod_model.networks.conventions import L2_WEIGHT, NetworkConfig, check_image, convolve, initialise, l2_penalty
 from lod_model.networks.group_norm import GroupNorm
+from lod_model.networks.recipe import LOD_BRAIN
+
+RECIPE = LOD_BRAIN  # its rival in architecture alone
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class UNet(nn.Module):
 
         ValueError where a side is no multiple of ``config.multiple``.
         """
+        return self.head(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the head, a 1³ convolution, makes logits of: (B, widths[0], D, H, W)."""
         check_image(x, self.config.multiple)
         skips = []
         for pair in self.encoder:
@@ -102,7 +109,7 @@ class UNet(nn.Module):
         skips.pop()
         for up, pair in zip(self.up, self.decoder, strict=True):
             x = pair(torch.cat((skips.pop(), up(x)), 1))                                       # each side doubles
-        return self.head(x)
+        return x
 
     def l2(self, weight: float = L2_WEIGHT) -> Tensor:
         """The penalty to add to the loss; as LOD-Brain's, not on the convolution that sees the image."""

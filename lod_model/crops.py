@@ -1,0 +1,86 @@
+"""Cubes of scans, with labels of several protocols: what NeuroNet and MONAI's networks are trained on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import Dataset
+
+from data_registry import protocol as protocols
+from lod_model.augment import augment, sample_seed
+from lod_model.data import Scan
+
+IGNORED = protocols.IGNORED
+
+
+class CropDataset(Dataset):
+    """A cube of a scan, another one in each epoch. Items are asked for as (epoch, index) and depend on nothing else.
+
+    ``image`` (1, d, h, w) float32, z-scored with the moments of the whole scan, and below each protocol's name its classes, (d, h, w) int64:
+    255 everywhere where the scan has no labels of it. The cube has ``side`` voxels along each axis, or the scan's where these are fewer, then
+    padded at their ends to a ``multiple``. Drawn anywhere in the scan; in ``validation`` it is the middle one.
+    """
+
+    def __init__(
+        self, scans: list[Scan], *, protocol_names: Sequence[str], side: int, multiple: int, augmentation: str = "none", seed: int = 0,
+        validation: bool = False,
+    ) -> None:  # fmt: skip
+        self.scans, self.protocols = scans, [protocols.load(name) for name in protocol_names]
+        self.side, self.multiple, self.augmentation, self.seed, self.validation = side, multiple, augmentation, seed, validation
+
+    def __len__(self) -> int:
+        return len(self.scans)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, torch.Tensor]:
+        epoch, index = key
+        scan = self.scans[index]
+        seed = sample_seed(self.seed, epoch, scan.scan_id)
+        whole = scan.t1w()
+        box = self._box(whole.shape, seed)
+        raw = whole[box]
+        there = [table for table in self.protocols if scan.has(table)]
+        classes = [scan.classes(table)[box] for table in there]
+        image = raw
+        if self.augmentation != "none":
+            image, classes = augmented(raw, classes, there, preset=self.augmentation, seed=seed, voxel_mm=scan.voxel_mm)
+        # intensity 0, not the mean, beyond the scan
+        image = self._padded(scan.zscored(image, raw), -scan.mean / max(scan.deviation, 1e-6))
+        sample = {"image": torch.from_numpy(image.astype(np.float32))[None]}
+        found = dict(zip((table.name for table in there), classes, strict=True))
+        for table in self.protocols:
+            target = found.get(table.name, np.broadcast_to(np.uint8(IGNORED), raw.shape))
+            sample[table.name] = torch.from_numpy(self._padded(target.astype(np.int64), IGNORED))
+        return sample
+
+    def _box(self, shape: tuple[int, ...], seed: int) -> tuple[slice, ...]:
+        generator = np.random.default_rng([seed, 1])
+        room = [max(length - self.side, 0) for length in shape]
+        first = [n // 2 for n in room] if self.validation else [int(generator.integers(n + 1)) for n in room]
+        return tuple(slice(start, start + self.side) for start in first)
+
+    def _padded(self, array: np.ndarray, value: float) -> np.ndarray:
+        return np.pad(array, [(0, -n % self.multiple) for n in array.shape], constant_values=value)
+
+
+def augmented(
+    image: np.ndarray, classes: list[np.ndarray], tables: Sequence[protocols.Protocol], *, preset: str, seed: int, voxel_mm: float
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """:func:`lod_model.augment.augment` with classes of several protocols: they move as one map of their combinations."""
+    if not classes:
+        return augment(image, np.zeros_like(image), preset=preset, seed=seed, mirrored=np.zeros(1, np.int64), voxel_mm=voxel_mm)[0], []
+    swaps = [np.concatenate([table.mirrored(), np.arange(table.classes, 256)]) for table in tables]
+    if len(classes) == 1:
+        image, moved = augment(image, classes[0], preset=preset, seed=seed, mirrored=swaps[0], voxel_mm=voxel_mm)
+        return image, [moved]
+    codes = sum(part.astype(np.int64) << (8 * place) for place, part in enumerate(classes))
+    _, seen = pd.factorize(codes.ravel())
+    parts = [(seen >> (8 * place)) & 255 for place in range(len(classes))]
+    flipped = sum(swap[part].astype(np.int64) << (8 * place) for place, (swap, part) in enumerate(zip(swaps, parts, strict=True)))
+    seen = np.unique(np.concatenate([[0], seen, flipped]))  # 0: background of all, which comes in from outside
+    mirrored = np.searchsorted(seen, sum(
+        swap[(seen >> (8 * place)) & 255].astype(np.int64) << (8 * place) for place, swap in enumerate(swaps)
+    ))  # fmt: skip
+    index = np.searchsorted(seen, codes).astype(np.uint16)
+    image, moved = augment(image, index, preset=preset, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
+    return image, [((seen >> (8 * place)) & 255).astype(np.uint8)[moved] for place in range(len(classes))]

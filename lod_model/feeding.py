@@ -1,0 +1,54 @@
+"""What a network is fed in training: which samples its recipe asks for, in which order, in which batches."""
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from data_registry.params import Train
+from lod_model import networks
+from lod_model.crops import CropDataset
+from lod_model.data import EpochOrder, SampleDataset, Scan, Windows
+from lod_model.slices import SliceDataset, collated
+
+
+class Feeding:
+    """Of one stage of a network's training."""
+
+    def __init__(self, network: str, net: nn.Module, level: str, settings: Train) -> None:
+        self.recipe, self.net, self.level, self.settings = networks.recipe(network), net, level, settings
+        self.protocols = networks.outputs(network, settings.protocols)
+        self.batch_size = self.recipe.batch_size if settings.recipe == "own" else settings.batch_size
+
+    def loader(self, scans: list[Scan], *, training: bool, workers: int) -> DataLoader:
+        """Batches of the scans' samples; those for validation are the same each time, and not augmented."""
+        settings = self.settings
+        visits = (settings.visits or self.recipe.visits) if training else 1
+        least = max(settings.min_samples_per_epoch, visits * len(scans)) if training else 1
+        order = EpochOrder(scans, seed=settings.seed, temperature=settings.site_temperature, shuffle=training, at_least=least)
+        data = getattr(self, f"_{self.recipe.samples}")(scans, order, training)
+        together = {"batch_size": self.batch_size}
+        if self.recipe.samples == "slices":  # batch_size counts slices, of which a sample has several
+            together = {"batch_size": -(-self.batch_size // settings.slices.per_visit), "collate_fn": collated}
+        return DataLoader(data, sampler=order, num_workers=workers, **together)
+
+    def _volumes(self, scans: list[Scan], order: EpochOrder, training: bool) -> Dataset:
+        settings, windows = self.settings, None
+        if training and self.level == "fine" and settings.fine_patch:
+            windows = Windows(settings.fine_patch, self.net.config.multiple, (settings.fine.epochs - settings.whole_epochs) * order.passes)
+        return SampleDataset(
+            scans, level=self.level, protocol=self.protocols[0], seed=settings.seed, augmented=settings.coarse_augmentation, windows=windows,
+            augmentation=settings.augmentation if training else "none",
+        )  # fmt: skip
+
+    def _crops(self, scans: list[Scan], _order: EpochOrder, training: bool) -> Dataset:
+        settings = self.settings
+        return CropDataset(
+            scans, protocol_names=self.protocols, side=settings.crops.side, multiple=self.net.config.multiple, seed=settings.seed,
+            augmentation=settings.augmentation if training else "none", validation=not training,
+        )  # fmt: skip
+
+    def _slices(self, scans: list[Scan], _order: EpochOrder, training: bool) -> Dataset:
+        settings = self.settings
+        return SliceDataset(
+            scans, protocol=self.protocols[0], how=settings.slices, config=self.net.config, inner_scale=self.recipe.inner_scale, seed=settings.seed,
+            augmentation=settings.augmentation if training else "none", validation=not training,
+        )  # fmt: skip
