@@ -112,8 +112,8 @@ class Slices(Section):
     """Standard deviation of what is added to a slice's zoom inside the network; null: the network's own."""
     outer_scale: Annotated[float, Field(ge=0)] = 0.0
     """Standard deviation of the factor by which image and labels are zoomed before the network sees them."""
-    weights: tuple[Literal["median", "gradient", "strands", "cortex"], ...] = ("median", "gradient", "strands", "cortex")
-    """Parts of a pixel's weight in the loss, see lod_model/fastsurfer_loss.py."""
+    weights: tuple[Literal["median", "gradient", "hires", "gm"], ...] = ("median", "gradient", "hires", "gm")
+    """Parts of a pixel's weight in the loss, see lod_model/pixel_weights.py."""
 
 
 class Train(Section):

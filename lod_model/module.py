@@ -111,7 +111,7 @@ class CropModule(StageModule):
 
 
 class SliceModule(StageModule):
-    """Slices of three views: of each view ``<view>_image`` (B, 7, H, W), ``_target`` and ``_weight`` (B, H, W) and ``_scale`` (B, 2).
+    """Slices of three views: of each view ``<view>_image`` (B, 7, H, W), ``_target`` and ``_weight`` (B, H, W) and ``_scale`` (B,).
 
     The three networks share no parameter, so their losses are added: each is trained as if it were alone.
     """

@@ -17,7 +17,7 @@ from lod_model import postprocess as cleaning
 from lod_model.engine import FastLODBrain, compile_network
 from lod_model.lateralise import relateralise
 from lod_model.networks.lod_brain import LODBrain
-from lod_model.views import sagittal_classes, view_classes
+from lod_model.views import view_classes
 from lod_model.windows import window_classes
 
 ENGINES = ("fast", "fast-bf16", "plain")
@@ -121,16 +121,18 @@ def _slabwise(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *,
 def _windowed(network: torch.nn.Module, conformed: np.ndarray, *, mean=None, deviation=None, threads: int | None = None) -> list[np.ndarray]:
     """A label map (D, H, W) for each output of a network that sees windows."""
     with _asked(network, threads):
-        found = window_classes(network, _image(network, conformed, mean, deviation))
+        x = _image(network, conformed, mean, deviation)
+        found = window_classes(network, x, fill=float(x.min()))
     d, h, w = conformed.shape
-    return [np.ascontiguousarray(labels[:d, :h, :w]) for labels in found.values()]  # as the network has its outputs: in order of protocols
+    maps = found.values() if isinstance(found, dict) else [found]  # as the network has its outputs: in the order of its protocols
+    return [np.ascontiguousarray(labels[:d, :h, :w]) for labels in maps]
 
 
 def _viewed(network: torch.nn.Module, conformed: np.ndarray, protocol: str, voxel_mm: float, threads: int | None) -> np.ndarray:
     """The label map (D, H, W) of three views together."""
     side = network.config.multiple
     whole = np.pad(conformed, [(0, -n % side) for n in conformed.shape])
-    sagittal, _ = sagittal_classes(protocol_tables.load(protocol))
+    sagittal, _ = protocol_tables.sagittal_classes(protocol_tables.load(protocol))
     half = isinstance(network, HalfPrecision)
     with _asked(network, threads), network.autocast() if half else contextlib.nullcontext():
         found = view_classes(network.network if half else network, whole, voxel_mm=voxel_mm, sagittal=sagittal)
