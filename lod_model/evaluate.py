@@ -146,7 +146,7 @@ def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Pa
 def _score(contender: Contender, role: str, scan: Scan, protocol_name: str, split_hash: str) -> list[dict]:
     """The rows of one scan: Dice, HD95 (mm), predicted and reference volume (mL) of every structure."""
     table = protocols.load(protocol_name)
-    reference, predicted = scan.classes(table), contender.predict(scan)
+    reference, predicted = metrics.without_ignored(scan.classes(table), contender.predict(scan))
     voxel_ml = scan.voxel_mm**3 / 1000
     figures = {
         ("dice", "1"): metrics.dice(reference, predicted, table.classes),
@@ -179,9 +179,10 @@ def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender],
         worst = sorted((float(np.mean(values)), key) for key, values in scores.items() if key[0] == run)[:WORST_CASES]
         for rank, (score, (_, fold, scan_id)) in enumerate(worst):
             scan = next(scan for scan in folds[fold]["external_test"] if scan.scan_id == scan_id)
+            reference, predicted = metrics.without_ignored(scan.classes(protocols.load(protocol_name)), contenders[run, fold].predict(scan))
             with replacing(CASES / f"{run}-{rank}.npz") as aside, open(aside, "wb") as handle:
                 np.savez_compressed(
-                    handle, t1w=scan.t1w(), reference=scan.classes(protocols.load(protocol_name)), predicted=contenders[run, fold].predict(scan),
+                    handle, t1w=scan.t1w(), reference=reference, predicted=predicted,
                     scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score, voxel_mm=scan.voxel_mm,
                 )  # fmt: skip
 
