@@ -5,7 +5,8 @@ A shard holds scans of one site only, so that withdrawing or holding out a site 
 - ``t1w_x1, t1w_x2, t1w_x4``: uint8 T1w, (D, H, W) LIA, and max-pooled by 2 and 4 (LOD-Brain's own pooling);
 - ``<source>_x1``: uint16 source label ids, (D, H, W), null where the scan has none;
 - ``<protocol>_classes_x1``: uint8 classes, (D, H, W), for protocols that ask for it: half of the bytes, and nothing to look up on read;
-- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for the same protocols.
+- ``<protocol>_x2, <protocol>_x4``: uint8 class counts of each block, (C, D/f, H/f, W/f), for the same protocols. A voxel that the protocol
+  leaves out counts in no class, so the counts of a block may sum to less than its voxels.
 
 Arrays are C-order bytes of cubes, whose sides follow from their length; scans of one shard may differ in it. Who trains the coarse level
 reads its columns alone. The file also carries its recipe (everything its bytes depend on) and the samples' rows, so that the table of samples can
@@ -85,10 +86,12 @@ def classes_of(ids: np.ndarray, protocol: protocols.Protocol, *, where: str = "l
 
 
 def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
-    """Voxels of each class in blocks of ``factor``³, at most 6: (D, H, W) classes → (number, D/f, H/f, W/f) uint8.
+    """Voxels of each class in blocks of ``factor``³, at most 6: (D, H, W) classes → (number, D/f, H/f, W/f) uint8. IGNORED voxels in none.
 
     >>> block_counts(np.array([[[0, 1], [1, 1]], [[1, 1], [2, 1]]], dtype=np.uint8), 2, 3).ravel().tolist()
     [1, 6, 1]
+    >>> block_counts(np.array([[[0, 1], [1, 1]], [[255, 255], [2, 1]]], dtype=np.uint8), 2, 3).ravel().tolist()
+    [1, 4, 1]
     """
     counts = np.zeros((number, *(n // factor for n in classes.shape)), dtype=np.uint8)
     box = bounding_box(classes, step=factor)                                 # all else is background: three quarters of a head
@@ -97,6 +100,9 @@ def block_counts(classes: np.ndarray, factor: int, number: int) -> np.ndarray:
         counts[index][within[1:]] = _blockwise(np.add, (part == index).view(np.uint8), factor)
     counts[0] = factor**3
     counts[0][within[1:]] -= counts[1:][within].sum(0, dtype=np.uint8)
+    ignored = part == protocols.IGNORED
+    if ignored.any():
+        counts[0][within[1:]] -= _blockwise(np.add, ignored.view(np.uint8), factor)
     return counts
 
 

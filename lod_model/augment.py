@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from data_registry.protocol import IGNORED
 from lod_model.corrupt import along, bias_field, chance, corrupt, reproducible, resampling, uniform
 from lod_model.warp import distort, draw_pose, grid_distortion, warp
 
@@ -42,6 +43,7 @@ def augment(
 
     ``image`` (D, H, W) uint8 intensities, LIA; ``target`` either (D, H, W) uint8 classes or (C, D, H, W) float32 class fractions of the
     same grid; ``mirrored`` (C,) the class index after left and right change places; ``voxel_mm`` scales what preset ``strong`` does.
+    Voxels that the protocol leaves out stay so.
     Returns float32 intensities and the target moved along (classes by nearest neighbour, fractions linearly), in its own type.
     """
     image = image.astype(np.float32)
@@ -62,19 +64,25 @@ def flip(image: np.ndarray, target: np.ndarray, mirrored: np.ndarray) -> tuple[n
     >>> image.ravel().tolist(), target.ravel().tolist()
     ([0.0, 9.0], [0, 2])
     """
-    return image[::-1], target[:, ::-1][mirrored] if target.ndim == 4 else mirrored.astype(target.dtype)[target[::-1]]
+    if target.ndim == 4:
+        return image[::-1], target[:, ::-1][mirrored]
+    table = np.arange(IGNORED + 1, dtype=target.dtype)
+    table[: len(mirrored)] = mirrored
+    return image[::-1], table[target[::-1]]
 
 
 def _render(image: np.ndarray, target: np.ndarray, steps: Callable, voxel_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """Scaled to 0…1 and (C, D, H, W), through ``steps``, and back. Of fractions, all but the background's are moved: it is what they leave,
-    so that what a warp brings in from outside is background."""
-    fractions = target.ndim == 4
+    so that what a warp brings in from outside is background. What is in no class, voxels to be ignored, moves along as one class more."""
+    fractions, channels = target.ndim == 4, len(target)
+    if fractions and (left_out := 1 - target.sum(0, keepdims=True)).max() > 1e-3:
+        target = np.concatenate([target, left_out])
     labels = torch.from_numpy(target[1:] if fractions else target[None].astype(np.float32))
     x, labels = steps(torch.from_numpy(image / 255), labels, "linear" if fractions else "nearest", voxel_mm)
     image = np.ascontiguousarray(x.numpy() * np.float32(255))
     if not fractions:
         return image, labels[0].numpy().astype(target.dtype)
-    return image, np.concatenate([1 - labels.sum(0, keepdim=True).numpy(), labels.numpy()])
+    return image, np.concatenate([1 - labels.sum(0, keepdim=True).numpy(), labels.numpy()])[:channels]
 
 
 def _light(x: torch.Tensor, labels: torch.Tensor, kind: str, voxel_mm: float) -> Moved:

@@ -63,7 +63,7 @@ class Scan:
         return replace(self, table=table, mean=mean, deviation=deviation)
 
     def classes(self, protocol: protocols.Protocol) -> np.ndarray:
-        """(D, H, W) uint8 classes of the protocol: as stored, or from the first of its sources that the scan has."""
+        """(D, H, W) uint8 classes of the protocol, IGNORED among them: as stored, or from the first of its sources that the scan has."""
         name = f"{protocol.name}_classes_x1"
         if stored := self._read(name):
             return stored[name]
@@ -72,7 +72,7 @@ class Scan:
         return classes_of(ids, protocol, where=f"{self.store.where(self.shard)}, {self.scan_id}")
 
     def fractions(self, protocol: protocols.Protocol, factor: int) -> np.ndarray:
-        """(C, D/f, H/f, W/f) float32: the share of each class in each block."""
+        """(C, D/f, H/f, W/f) float32: the share of each class in each block; voxels that the protocol leaves out are in no class."""
         name = f"{protocol.name}_x{factor}"
         counts = self._read(name)
         if name not in counts:

@@ -184,6 +184,7 @@ def _score(contender: Contender, role: str, scan: Scan, split_hash: str) -> list
         reference, predicted = scan.classes(table), found[name]
         if predicted.shape != reference.shape:  # an atlas of a grid of another size
             continue
+        reference, predicted = metrics.without_ignored(reference, predicted)
         for (metric, unit), values in _compared(reference, predicted, table, scan.voxel_mm).items():
             rows += [
                 {**common, "structure": structure, "metric": metric, "value": None if np.isnan(value) else float(value), "unit": unit}
@@ -217,10 +218,11 @@ def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender],
             scan = next(scan for scan in folds[fold]["external_test"] if scan.scan_id == scan_id)
             contender = contenders[run, fold]
             name = contender.protocols[0]
+            reference, predicted = metrics.without_ignored(scan.classes(protocols.load(name)), contender.predict(scan)[name])
             with replacing(CASES / f"{run}-{rank}.npz") as aside, open(aside, "wb") as handle:
                 np.savez_compressed(
-                    handle, t1w=scan.t1w(), reference=scan.classes(protocols.load(name)), predicted=contender.predict(scan)[name],
-                    scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score, voxel_mm=scan.voxel_mm,
+                    handle, t1w=scan.t1w(), reference=reference, predicted=predicted, scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score,
+                    voxel_mm=scan.voxel_mm,
                 )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ the Dice of the classes that are there.
 Over a window of a scan most classes are often absent, so there the mean is over the classes that are present: the loss goes to 0 as the
 window's labels are met, and a window of few classes counts as much as one of many. The Dice of a window is not a part of the scan's.
 
+A voxel that the protocol leaves out (:data:`data_registry.protocol.IGNORED`) is in none of the sums.
+
 Source: Svanera et al. 2024, whose code takes its sums over the whole batch; with the batch of one it is trained with, that is the same.
 """
 
@@ -18,13 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from data_registry.protocol import IGNORED
+
 SMOOTH = 1e-6
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
     """Soft Dice of each scan and class, (B, C), of logits (B, C, D, H, W) against classes (B, D, H, W) of any integer type.
 
-    ValueError where the shapes do not fit or a class is outside 0 … C − 1.
+    ValueError where the shapes do not fit or a class is outside 0 … C − 1 and not IGNORED.
 
     >>> certain = torch.tensor([[[[[9e9, 0.0]]], [[[0.0, 9e9]]]]])                   # two classes, two voxels: 0, 1
     >>> soft_dice(certain, torch.tensor([[[[0, 1]]]]))
@@ -42,9 +46,11 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
         overlap.append((p_c * mask).sum(space))
         voxels.append(mask.sum(space))
     size = torch.stack(voxels, 1)                                                     # (B, C) = Σg = Σg²
-    outside = target.numel() - int(size.sum())
-    if outside:
-        raise ValueError(f"target: {outside} voxels outside the classes 0 … {logits.shape[1] - 1}")
+    if outside := target.numel() - int(size.sum()):
+        kept = target != IGNORED
+        if outside := outside - target.numel() + int(kept.sum()):
+            raise ValueError(f"target: {outside} voxels outside the classes 0 … {logits.shape[1] - 1}")
+        p = p * kept[:, None]
     return _dice(torch.stack(overlap, 1), _square_sum(p), size.to(p.dtype))
 
 
@@ -52,7 +58,8 @@ def block_soft_dice(logits: Tensor, fractions: Tensor, voxels_per_block: int) ->
     """Soft Dice, (B, C), that the nearest-upsampled logits have at full resolution, from blocks alone.
 
     logits and fractions (B, C, d, h, w); fractions is the share of a block's K = ``voxels_per_block`` voxels in each class. With p
-    constant over a block: Σpg = K·Σpf, Σp² = K·Σp², and, labels being 0 or 1, Σg² = Σg = K·Σf, not K·Σf².
+    constant over a block: Σpg = K·Σpf, Σp² = K·Σp², and, labels being 0 or 1, Σg² = Σg = K·Σf, not K·Σf². Where fractions sum to s < 1
+    the rest of the block is left out: Σp² = K·Σsp².
 
     ValueError where the shapes do not fit.
     """
@@ -62,7 +69,8 @@ def block_soft_dice(logits: Tensor, fractions: Tensor, voxels_per_block: int) ->
         raise ValueError(f"voxels_per_block: {voxels_per_block!r}, wanted a positive integer")
     p = _softmax(logits)
     fractions = fractions.to(p.dtype)
-    overlap, squares, size = (p * fractions).sum((2, 3, 4)), _square_sum(p), fractions.sum((2, 3, 4))
+    share = fractions.sum(1, keepdim=True)                                            # (B, 1, d, h, w)
+    overlap, squares, size = (p * fractions).sum((2, 3, 4)), (p.square() * share).sum((2, 3, 4)), fractions.sum((2, 3, 4))
     return _dice(*(voxels_per_block * sums for sums in (overlap, squares, size)))
 
 
@@ -78,7 +86,7 @@ def dice_loss(logits: Tensor, target: Tensor, *, over: Literal["all", "present"]
     if over == "all":
         return 1 - dice.mean()
     there = torch.stack([(target == c).flatten(1).any(1) for c in range(logits.shape[1])], 1)                     # (B, C)
-    return 1 - ((dice * there).sum(1) / there.sum(1)).mean()
+    return 1 - ((dice * there).sum(1) / there.sum(1).clamp(min=1)).mean()             # a window that is all left out has none
 
 
 def block_dice_loss(logits: Tensor, fractions: Tensor, voxels_per_block: int) -> Tensor:

@@ -17,7 +17,7 @@ from lod_model import postprocess as cleaning
 from lod_model.engine import FastLODBrain, compile_network
 from lod_model.lateralise import relateralise
 from lod_model.networks.lod_brain import LODBrain
-from lod_model.views import view_classes
+from lod_model.views import segment_views
 from lod_model.windows import window_classes
 
 ENGINES = ("fast", "fast-bf16", "plain")
@@ -130,14 +130,10 @@ def _windowed(network: torch.nn.Module, conformed: np.ndarray, *, mean=None, dev
 
 def _viewed(network: torch.nn.Module, conformed: np.ndarray, protocol: str, voxel_mm: float, threads: int | None) -> np.ndarray:
     """The label map (D, H, W) of three views together."""
-    side = network.config.multiple
-    whole = np.pad(conformed, [(0, -n % side) for n in conformed.shape])
     sagittal, _ = protocol_tables.sagittal_classes(protocol_tables.load(protocol))
-    half = isinstance(network, HalfPrecision)
-    with _asked(network, threads), network.autocast() if half else contextlib.nullcontext():
-        found = view_classes(network.network if half else network, whole, voxel_mm=voxel_mm, sagittal=sagittal)
-    d, h, w = conformed.shape
-    return np.ascontiguousarray(found[:d, :h, :w])
+    inner, dtype = (network.network, network.dtype) if isinstance(network, HalfPrecision) else (network, torch.float32)
+    with _asked(network, threads):
+        return segment_views(inner, conformed, voxel_mm=voxel_mm, sagittal_class=sagittal, dtype=dtype)
 
 
 def _image(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, mean: float | None, deviation: float | None) -> torch.Tensor:
@@ -180,12 +176,8 @@ class HalfPrecision(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(1, 1, D, H, W) → the network's output in ``dtype``."""
-        with self.autocast():
+        with torch.autocast(x.device.type, dtype=self.dtype):
             return self.network(x)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which the network computes."""
-        return torch.autocast(next(self.network.parameters()).device.type, dtype=self.dtype)
 
 
 def with_engine(

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from data_registry.conform import labels_to_grid, place_grid
 from data_registry.errors import InputError
-from data_registry.protocol import Protocol
+from data_registry.protocol import IGNORED, Protocol
 from data_registry.volume import load_labels
 from lod_model.corrupt import corrupt
 
@@ -271,10 +271,11 @@ def _linear_weights(fine: int, points: int) -> Tensor:
 
 
 def _words(ids: np.ndarray, protocol: Protocol) -> Tensor:
-    """(words, n) int64: byte c % 8 of word c // 8 is 1 for an id of class c."""
+    """(words, n) int64: byte c % 8 of word c // 8 is 1 for an id of class c; none for an id that the protocol leaves out."""
     classes = protocol.classes_of(ids.astype(np.uint16), where="anatomy")
     hot = np.zeros((len(ids), -(-protocol.classes // 8) * 8), dtype=np.uint8)
-    hot[np.arange(len(ids)), classes] = 1
+    known = classes != IGNORED
+    hot[known, classes[known]] = 1
     return torch.from_numpy(hot.view(np.int64).T.copy())
 
 

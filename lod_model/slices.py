@@ -11,7 +11,7 @@ from lod_model.augment import augment, sample_seed
 from lod_model.data import Scan
 from lod_model.networks.competitive import VIEWS, ViewsConfig
 from lod_model.pixel_weights import MARGIN, class_weights, pixel_weights
-from lod_model.views import AXIS, slices_of
+from lod_model.views import AXES, slices_of
 
 SMALLEST_SCALE = 0.5  # the draws are normal: without bounds one in many thousands leaves nothing of a slice
 LARGEST_SCALE = 2.0
@@ -57,7 +57,7 @@ class SliceDataset(Dataset):
 
     def _view(self, view: str, image: np.ndarray, classes: np.ndarray, voxel_mm: float, generator: np.random.Generator) -> dict[str, torch.Tensor]:
         seen = self.sagittal.astype(np.uint8)[classes] if view == "sagittal" else classes
-        chosen = self._chosen(seen, AXIS[view], generator)
+        chosen = self._chosen(seen, AXES[view][0], generator)
         weights = self._weights(view, seen, chosen)
         number = len(chosen)
         inner, outer = (1 + np.zeros(number), np.ones(number)) if self.validation else self._scales(number, generator)
@@ -83,7 +83,7 @@ class SliceDataset(Dataset):
 
     def _weights(self, view: str, classes: np.ndarray, chosen: list[int]) -> np.ndarray:
         """(n, H, W) float32: those of the whole volume, computed on a slab around each slice."""
-        parts, axis, cortex = set(self.how.weights), AXIS[view], self.protocol.cortex
+        parts, axis, cortex = set(self.how.weights), AXES[view][0], self.protocol.cortex
         if view == "sagittal":
             cortex = np.zeros(self.sagittal[: self.protocol.classes].max() + 1, dtype=bool)
             cortex[self.sagittal[: self.protocol.classes][self.protocol.cortex]] = True
