@@ -71,7 +71,7 @@ def keep_freed_memory() -> None:
 def conv(x: Tensor, kernel: Kernel, *, stride: int | tuple = 1, padding: tuple = (0, 0, 0), relu: bool = False) -> Tensor:
     """x (1, I, D, H, W) → (1, O, …), and its ReLU."""
     strides = [stride] * 3 if isinstance(stride, int) else stride
-    if _FUSED:
+    if _FUSED and x.device.type == "cpu":
         attribute = "relu" if relu else "none"
         return torch.ops.mkldnn._convolution_pointwise(x, *kernel, padding, strides, [1] * 3, 1, attribute, [], "")
     y = F.conv3d(x, *kernel, strides, padding)
@@ -80,7 +80,7 @@ def conv(x: Tensor, kernel: Kernel, *, stride: int | tuple = 1, padding: tuple =
 
 def add_conv(out: Tensor, x: Tensor, kernel: Kernel, *, padding: tuple) -> None:
     """out += conv(x), without a copy of what is added."""
-    if _FUSED and out.is_contiguous(memory_format=LAST):
+    if _FUSED and out.device.type == "cpu" and out.is_contiguous(memory_format=LAST):
         torch.ops.mkldnn._convolution_pointwise_(out, x, *kernel, padding, [1] * 3, [1] * 3, 1, "add", 1.0, None, [], "")
     else:
         out.add_(F.conv3d(x, *kernel, 1, padding))
