@@ -5,7 +5,7 @@ from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for th
 side of an image must be a multiple of. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
-('lod_brain', 'unet')
+('fastsurfer_cnn', 'fastsurfer_vinn', 'lod_brain', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 NETWORKS = {                                   # name → module of this folder : class
+    "fastsurfer_cnn": "fastsurfer_cnn:FastSurferCNN",
+    "fastsurfer_vinn": "fastsurfer_vinn:FastSurferVINN",
     "lod_brain": "lod_brain:LODBrain",
     "unet": "unet:UNet",
 }
