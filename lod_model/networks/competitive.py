@@ -125,7 +125,7 @@ def normalised(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """norm(x); where neither gradients nor batch statistics are wanted it overwrites x."""
     if norm.training or torch.is_grad_enabled():
         return norm(x)
-    moments = {"save_mean": x.new_empty(0), "save_invstd": x.new_empty(0)}     # of the batch: none are taken
+    moments = dict.fromkeys(("save_mean", "save_invstd"), norm.weight.new_empty(0))    # of the batch: none are taken
     affine = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     torch.ops.aten.native_batch_norm.out(x, *affine, False, 0.0, norm.eps, out=x, **moments)
     return x
