@@ -6,7 +6,7 @@ side of an image must be a multiple of; its file has ``RECIPE``, how it is fed a
 also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
-('lod_brain', 'unet')
+('fastsurfer_cnn', 'fastsurfer_vinn', 'lod_brain', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
 >>> build("monai:BasicUNet", {"classes": 3}).config.classes
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lod_model.networks.recipe import Recipe
 
 NETWORKS = {                                   # name → module of this folder : class
+    "fastsurfer_cnn": "fastsurfer_cnn:FastSurferCNN",
+    "fastsurfer_vinn": "fastsurfer_vinn:FastSurferVINN",
     "lod_brain": "lod_brain:LODBrain",
     "unet": "unet:UNet",
 }

@@ -13,9 +13,29 @@ from torch import Tensor, nn
 L2_WEIGHT = 1e-4
 
 
+class Configuration:
+    """What a network is made of: a frozen dataclass, checked on construction, so that a network that exists is a network that runs."""
+
+    network: ClassVar[str]
+    """Its name, for what is said of a wrong configuration."""
+
+    def to_dict(self) -> dict:
+        """Plain numbers, names and lists, for a checkpoint or a YAML file; ``from_dict`` takes them back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Self:
+        """The configuration with these values, defaults for the rest. An unknown key is a ValueError."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in known)
+        if unknown:
+            raise ValueError(f"{cls.network} has no {', '.join(unknown)}; known: {', '.join(known)}")
+        return cls(**values)
+
+
 @dataclass(frozen=True)
-class NetworkConfig:
-    """What a network is made of. Checked here, so that a network that exists is a network that runs.
+class NetworkConfig(Configuration):
+    """What a network with group norms is made of.
 
     classes  output channels, background included
     widths   filters at each resolution, finest first
@@ -23,9 +43,6 @@ class NetworkConfig:
     groups   groups of a group norm, or as many as it has channels if these are fewer
     epsilon  added to the variance by the group norm
     """
-
-    network: ClassVar[str]
-    """Its name, for what is said of a wrong configuration."""
 
     classes: int = 7
     widths: tuple[int, ...] = ()
@@ -39,25 +56,12 @@ class NetworkConfig:
         if not isinstance(self.widths, list | tuple) or len(self.widths) < 2 or not all(is_integer(w, 1) for w in self.widths):
             raise ValueError(f"widths: {self.widths!r}, wanted two or more positive integers")
         object.__setattr__(self, "widths", tuple(self.widths))
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: {self.dropout!r}, wanted a number from 0 to below 1")
         if not is_integer(self.groups, 1) or any(w % min(self.groups, w) for w in self.widths):
             raise ValueError(f"groups: {self.groups!r}, wanted a positive integer that divides every larger width of {self.widths}")
-        if not _is_number(self.epsilon) or not 0 < self.epsilon < math.inf:
+        if not is_number(self.epsilon) or not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon: {self.epsilon!r}, wanted a positive number")
-
-    def to_dict(self) -> dict:
-        """Plain numbers and lists, for a checkpoint or a YAML file; ``from_dict`` takes them back."""
-        return asdict(self) | {"widths": list(self.widths)}
-
-    @classmethod
-    def from_dict(cls, values: dict) -> Self:
-        """The configuration with these values, defaults for the rest. An unknown key is a ValueError."""
-        known = [f.name for f in fields(cls)]
-        unknown = sorted(str(key) for key in values if key not in known)
-        if unknown:
-            raise ValueError(f"{cls.network} has no {', '.join(unknown)}; known: {', '.join(known)}")
-        return cls(**values)
 
 
 def is_integer(value: object, least: int) -> bool:
@@ -65,7 +69,7 @@ def is_integer(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
