@@ -221,8 +221,8 @@ def _write_cases(rows: list[dict], contenders: dict[tuple[str, int], Contender],
             reference, predicted = metrics.without_ignored(scan.classes(protocols.load(name)), contender.predict(scan)[name])
             with replacing(CASES / f"{run}-{rank}.npz") as aside, open(aside, "wb") as handle:
                 np.savez_compressed(
-                    handle, t1w=scan.t1w(), reference=reference, predicted=predicted, scan_id=scan_id, run=run, fold=fold, place=scan.place, dice=score,
-                    voxel_mm=scan.voxel_mm,
+                    handle, t1w=scan.t1w(), reference=reference, predicted=predicted, scan_id=scan_id, run=run, fold=fold, place=scan.place,
+                    dice=score, voxel_mm=scan.voxel_mm,
                 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ class Feeding:
     """Of one stage of a network's training."""
 
     def __init__(self, network: str, net: nn.Module, level: str, settings: Train) -> None:
-        self.recipe, self.net, self.level, self.settings = networks.recipe(network), net, level, settings
+        self.recipe, self.net, self.level, self.settings = networks.recipe_of(network), net, level, settings
         self.protocols = networks.outputs(network, settings.protocols)
         self.batch_size = self.recipe.batch_size if settings.recipe == "own" else settings.batch_size
 

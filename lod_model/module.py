@@ -7,7 +7,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
 from data_registry.params import Train
-from lod_model.cross_entropy import cross_entropy
+from lod_model.cross_entropy import protocols_cross_entropy
 from lod_model.data import COARSE_FACTOR
 from lod_model.fastsurfer_loss import combined_loss
 from lod_model.losses import block_dice_loss, dice_loss
@@ -93,12 +93,12 @@ class CropModule(StageModule):
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         logits, targets = self._both(batch)
-        return cross_entropy(logits, targets) if self.recipe.loss == "cross_entropy" else self._dice_loss(logits, targets)
+        return protocols_cross_entropy(logits, targets) if self.recipe.loss == "cross_entropy" else self._dice_loss(logits, targets)
 
     def validated(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, targets = self._both(batch)
         dice = self._dice_loss(logits, targets)
-        return cross_entropy(logits, targets) if self.recipe.loss == "cross_entropy" else dice, 1 - dice
+        return protocols_cross_entropy(logits, targets) if self.recipe.loss == "cross_entropy" else dice, 1 - dice
 
     def _both(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         logits = self.network(batch["image"])

@@ -54,13 +54,13 @@ def predict_any(
     network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *, protocols: Sequence[str], voxel_mm: float, **how
 ) -> np.ndarray | dict[str, np.ndarray]:
     """Class probabilities (C, D, H, W) float32 where the network gives one map and they fit, else label maps by protocol, not cleaned."""
-    kind, classes = getattr(network, "predicts", "whole"), network.config.classes
+    kind = getattr(network, "predicts", "whole")
     if kind == "views":
         return dict([with_sides(protocols[0], _viewed(network, conformed, protocols[0], voxel_mm, how.get("threads")))])
     if kind == "windows":
         maps = _windowed(network, conformed, **how)
         return dict(with_sides(name, labels) for name, labels in zip(protocols, maps, strict=True))
-    if 4 * classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
+    if 4 * network.config.classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
         return predict(network, conformed, **how)
     return dict([with_sides(protocols[0], _slabwise(network, conformed, **how))])
 

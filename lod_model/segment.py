@@ -39,7 +39,14 @@ from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
 from lod_model.predict import ENGINES, output_protocol, predict_any, with_engine
 from lod_model.segment_outputs import (
-    SIDECAR, leave_refusal, made_folder, output_file, output_names, protocol_front, write_outputs, write_sidecar,
+    SIDECAR,
+    leave_refusal,
+    made_folder,
+    output_file,
+    output_names,
+    protocol_front,
+    write_outputs,
+    write_sidecar,
 )  # fmt: skip
 from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
 

@@ -65,7 +65,7 @@ class SliceDataset(Dataset):
             "image": torch.from_numpy(slices_of(image, view, chosen, thickness=self.config.slices).astype(np.float32) / 255),
             "target": torch.from_numpy(slices_of(seen, view, chosen, thickness=1)[:, 0].astype(np.int64)),
             "weight": torch.from_numpy(weights),
-            "scale": torch.from_numpy((getattr(self.config, "base_mm", 1.0) / voxel_mm + inner - 1).astype(np.float32)),
+            "scale": torch.from_numpy((self.config.scale(voxel_mm) + inner - 1).astype(np.float32)),
         }
         return found if (outer == 1).all() else zoomed(found, outer)
 

@@ -216,7 +216,7 @@ def _fit(network: str, net, level: str, params: Params, roles: dict[str, list[Sc
         devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
     )  # fmt: skip
     resume = folder / level / "last.ckpt"
-    recipe = networks.recipe(network)
+    recipe = networks.recipe_of(network)
     module = MODULES[recipe.samples](net, level=level, settings=settings, recipe=recipe)
     trainer.fit(module, loaders["train"], loaders["val"] if validated else None, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     chosen = best.best_model_path if validated and best.best_model_path else resume

@@ -32,6 +32,7 @@ NETWORKS = {                                   # name → module of this folder 
     "fastsurfer_cnn": "fastsurfer_cnn:FastSurferCNN",
     "fastsurfer_vinn": "fastsurfer_vinn:FastSurferVINN",
     "lod_brain": "lod_brain:LODBrain",
+    "neuronet": "neuronet:NeuroNet",
     "unet": "unet:UNet",
 }
 MONAI = "monai:"                               # and any 3-D network of MONAI, by its class
@@ -62,7 +63,8 @@ def load_coarse(net: nn.Module, coarse: nn.Module, *, freeze: bool = False) -> N
 
 def config_for(name: str, protocols: Sequence[Protocol]) -> dict:
     """What in a network's configuration follows from the protocols it is trained with: its classes, or several outputs; else of the first alone."""
-    return getattr(_module(name)[0], "config_for", lambda tables: {"classes": tables[0].classes})(protocols)
+    module, network = _module(name)
+    return getattr(getattr(module, network), "config_for", lambda tables: {"classes": tables[0].classes})(protocols)
 
 
 def outputs(name: str, protocols: Sequence[str]) -> tuple[str, ...]:
@@ -70,7 +72,7 @@ def outputs(name: str, protocols: Sequence[str]) -> tuple[str, ...]:
     return tuple(protocols) if _module(name)[0].RECIPE.loss == "cross_entropy" else tuple(protocols[:1])
 
 
-def recipe(name: str) -> Recipe:
+def recipe_of(name: str) -> Recipe:
     """How a network is fed and trained."""
     return _module(name)[0].RECIPE
 
@@ -84,7 +86,7 @@ def _module(name: str) -> tuple[ModuleType, str]:
     """The file of a network, and its class there."""
     if not is_known(name):
         raise InputError(f"network {name!r} is not known; one of {', '.join(names())} or {MONAI}<class> is wanted")
-    module, network = "monai_net:MONAINet".split(":") if name.startswith(MONAI) else NETWORKS[name].split(":")
+    module, network = ["monai_net", "MONAINet"] if name.startswith(MONAI) else NETWORKS[name].split(":")
     return import_module(f"{__name__}.{module}"), network
 
 

@@ -14,7 +14,7 @@ max-pooling points elsewhere, and logits of flat regions move by up to 0.5.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_registry.protocol import Protocol, sagittal_classes
 from lod_model.networks.conventions import Configuration, is_integer
 
 VIEWS = ("axial", "coronal", "sagittal")
@@ -177,6 +178,8 @@ class CompetitiveUNet(nn.Module):
 class ThreeViews(nn.Module):
     """A network a view, made by ``view_network(config, classes)``: ``axial``, ``coronal`` and ``sagittal``, which share nothing."""
 
+    predicts = "views"
+
     def __init__(self, config: ViewsConfig, view_network: Callable[[ViewsConfig, int], nn.Module]) -> None:
         super().__init__()
         self.config = config
@@ -190,6 +193,11 @@ class ThreeViews(nn.Module):
     def views(self) -> Iterator[tuple[str, nn.Module]]:
         """The three, by name."""
         return ((view, self.get_submodule(view)) for view in VIEWS)
+
+    @staticmethod
+    def config_for(tables: Sequence[Protocol]) -> dict:
+        """The classes of the protocol, and those that the sagittal view can tell apart."""
+        return {"classes": tables[0].classes, "sagittal_classes": sagittal_classes(tables[0])[1]}
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each view's network."""

@@ -17,10 +17,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lod_model.networks.competitive import CompetitiveUNet, ThreeViews, ViewsConfig, check_slices, initialise, laid_out
+from lod_model.networks.recipe import Recipe
+
+RECIPE = Recipe(samples="slices", loss="weighted", optimiser="adam", learning_rate=1e-2, schedule="step", batch_size=16, visits=16)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,12 @@ from torch.nn import functional as F
 
 from lod_model.networks.competitive import CompetitiveBlock, CompetitiveUNet, ThreeViews, ViewsConfig, check_slices, initialise, laid_out
 from lod_model.networks.conventions import is_integer, is_number
+from lod_model.networks.recipe import Recipe
+
+RECIPE = Recipe(
+    samples="slices", loss="weighted", optimiser="adamw", learning_rate=1e-2, weight_decay=1e-4, schedule="warm_restarts", batch_size=16, visits=16,
+    inner_scale=0.1,
+)  # fmt: skip
 
 SAMPLINGS = ("bilinear", "nearest", "area", "bicubic")
 

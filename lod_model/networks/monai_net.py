@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass, field
 
-import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
@@ -66,6 +65,8 @@ class MONAINet(nn.Module):
     >>> net(torch.zeros(1, 1, 32, 32, 64)).shape
     torch.Size([1, 4, 32, 32, 64])
     """
+
+    predicts = "windows"
 
     def __init__(self, config: MONAIConfig) -> None:
         super().__init__()

@@ -29,7 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_registry.errors import InputError
+from data_registry.protocol import Protocol
 from lod_model.networks.conventions import check_image, convolutions, is_integer
+from lod_model.networks.recipe import Recipe
+
+RECIPE = Recipe(
+    samples="crops", loss="cross_entropy", optimiser="adam", learning_rate=1e-3, epsilon=1e-5, schedule="constant", batch_size=1, visits=8
+)  # fmt: skip
 
 PROTOCOLS = {"fsl_fast": 4, "fsl_first": 16, "spm_tissue": 4, "malp_em": 139, "malp_em_tissue": 6}
 """Name → classes, in the paper's order; the tables are those of ``data_registry/protocols``."""
@@ -200,6 +206,8 @@ class NeuroNet(nn.Module):
     {'malp_em': (1, 139, 16, 8, 24), 'fsl_fast': (1, 4, 16, 8, 24)}
     """
 
+    predicts = "windows"
+
     def __init__(self, config: NeuroNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -240,6 +248,11 @@ class NeuroNet(nn.Module):
     def tail(self, protocol: str) -> Tail:
         """The decoder of this protocol."""
         return self.tails[f"{protocol}_tail"]
+
+    @staticmethod
+    def config_for(tables: Sequence[Protocol]) -> dict:
+        """A tail for each label protocol."""
+        return {"protocols": {table.name: table.classes for table in tables}}
 
     @classmethod
     def from_dict(cls, config: dict) -> NeuroNet:
