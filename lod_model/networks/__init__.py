@@ -2,10 +2,11 @@
 
 A new network is a file here and a line below. Its class has ``from_dict(config)``, a class method that builds the network
 from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for the checkpoint, and ``multiple``, which every
-side of an image must be a multiple of. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
+side of an image must be a multiple of. It gives logits, or a dict of them by label protocol, whose classes are then in
+``config.protocols``. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
-('lod_brain', 'unet')
+('lod_brain', 'neuronet', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 NETWORKS = {                                   # name → module of this folder : class
     "lod_brain": "lod_brain:LODBrain",
+    "neuronet": "neuronet:NeuroNet",
     "unet": "unet:UNet",
 }
 
