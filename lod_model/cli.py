@@ -137,7 +137,7 @@ def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON lis
         rows.append({
             "name": name,
             "parameters": sum(p.numel() for p in network.parameters()),
-            "protocols": list(protocol.names()),
+            "protocols": list(getattr(network.config, "protocols", protocol.names())),
             "grid": grid,
             "side": grid_side(grid),
             "gmac": round(macs(network, grid_side(grid)) / 1e9, 1),

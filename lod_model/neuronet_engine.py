@@ -37,7 +37,7 @@ class FastNeuroNet:
             stem = network.stem.weight
             self.stem = cast(Kernel(stem, stem.new_zeros(len(stem))), dtype)
             self.units = [_FastUnit(unit) for unit in network.units]
-            levels = zip(*(_composed(network.tail(name)) for name in self.classes), strict=True)
+            levels = zip(*(_composed(network.tails[name]) for name in self.classes), strict=True)
             self.levels = [cast(Kernel(*map(torch.cat, zip(*kernels, strict=True))), dtype) for kernels in levels]
             """Of each scale, finest first: a 1³ convolution to all classes of all protocols."""
 

@@ -84,8 +84,9 @@ def window_classes(
     than a window: the z-score of air, say. Of classes that are equally probable to the last bit, the first one is taken.
     InputError for a shape, side or stride that cannot be.
     """
+    grid = _plan_of(network, x, side, stride)
     labels: dict[str | None, np.ndarray] = {}
-    for first, sums in _summed(network, x, side, stride, fill):
+    for first, sums in _summed(network, x, grid, fill):
         for name, probability in sums.items():                                   # (slices, H, W, C)
             if name not in labels:
                 labels[name] = np.empty(tuple(x.shape[2:]), dtype=np.uint8 if probability.shape[-1] <= 256 else np.uint16)
@@ -100,10 +101,10 @@ def window_probabilities(
     network: nn.Module | FastNeuroNet, x: Tensor, *, side: int = 128, stride: int = 64, fill: float = 0.0
 ) -> np.ndarray | dict[str, np.ndarray]:
     """As ``window_classes``, the mean probabilities, (C, D, H, W) float32: for few classes; 139 of them are 9.3 GB at 256³."""
-    grid = plan(tuple(x.shape[2:]), side=side, stride=stride, multiple=network.config.multiple)
+    grid = _plan_of(network, x, side, stride)
     covering = np.multiply.outer(np.multiply.outer(grid.covering(0), grid.covering(1)), grid.covering(2))
     result: dict[str | None, np.ndarray] = {}
-    for first, sums in _summed(network, x, side, stride, fill):
+    for first, sums in _summed(network, x, grid, fill):
         for name, probability in sums.items():                                   # (slices, H, W, C)
             if name not in result:
                 result[name] = np.empty((probability.shape[-1], *x.shape[2:]), dtype=np.float32)
@@ -118,11 +119,14 @@ Sums = dict[str | None, Tensor]
 """Name of an output, None for the only one → sums of probabilities (slices, H, W, C)."""
 
 
-def _summed(network: nn.Module | FastNeuroNet, x: Tensor, side: int, stride: int, fill: float) -> Iterator[tuple[int, Sums]]:
-    """Finished slices in order: the number of the first one, and the sums, which hold until the next are asked for."""
+def _plan_of(network: nn.Module | FastNeuroNet, x: Tensor, side: int, stride: int) -> Grid:
     if x.ndim != 5 or x.shape[:2] != (1, 1) or 0 in x.shape:
         raise InputError(f"image: shape {tuple(x.shape)}; (1, 1, D, H, W) is wanted")
-    grid = plan(tuple(x.shape[2:]), side=side, stride=stride, multiple=network.config.multiple)
+    return plan(tuple(x.shape[2:]), side=side, stride=stride, multiple=network.config.multiple)
+
+
+def _summed(network: nn.Module | FastNeuroNet, x: Tensor, grid: Grid, fill: float) -> Iterator[tuple[int, Sums]]:
+    """Finished slices in order: the number of the first one, and the sums, which hold until the next are asked for."""
     added = [padded - length for padded, length in zip(grid.shape, x.shape[2:], strict=True)]
     if any(added):
         x = F.pad(x, [n for end in added[::-1] for n in (0, end)], value=fill)
@@ -164,7 +168,7 @@ def _by_slices(network: FastNeuroNet, x: Tensor, grid: Grid) -> Iterator[tuple[i
             start = ahead.pop(0)
             begun += [(start, *place, network.window(x[:, :, start : start + depth, *place])) for place in grid.row()]
         if not first or last - first < SLICES:
-            sums = {name: x.new_empty((last - first, *grid.shape[1:], c), device=network.device) for name, c in network.classes.items()}
+            sums = {name: torch.empty((last - first, *grid.shape[1:], c), device=network.device) for name, c in network.classes.items()}
         for total in sums.values():
             total.zero_()
         for start, rows, columns, window in begun:

@@ -44,15 +44,16 @@ def refused(*words: object) -> str:
 
 def test_networks_as_a_list_of_objects():
     rows = {row["name"]: row for row in json_of("networks", "--json")}
-    assert list(rows) == ["lod_brain", "unet"]
-    ours, plain = rows["lod_brain"], rows["unet"]
-    assert ours["parameters"] == 337719 and {"lod7", "fastsurfer79", "synthseg33"} <= set(ours["protocols"])
+    assert list(rows) == ["fastsurfer_cnn", "fastsurfer_vinn", "lod_brain", "neuronet", "unet"]
+    ours, plain, tails = rows["lod_brain"], rows["unet"], rows["neuronet"]
+    assert ours["parameters"] == 337719 and {"lod7", "malp_em"} < set(ours["protocols"]) == set(plain["protocols"])
+    assert tails["parameters"] == 2493171 and tails["protocols"] == ["fsl_fast", "fsl_first", "spm_tissue", "malp_em", "malp_em_tissue"]
     assert (ours["grid"], ours["side"], ours["gmac"], ours["multiple"]) == ("1mm", 256, 1190.2, 8)
     assert (ours["stages"], plain["stages"]) == (["coarse", "fine"], ["fine"])
     assert abs(plain["gmac"] / ours["gmac"] - 1) < 0.05
     header, *lines = lodbrain("networks").stdout.splitlines()
-    assert header.split("\t")[:2] == ["name", "parameters"]
-    assert lines[0].startswith("lod_brain\t337719\t") and "\t1mm\t256\t1190.2\t8\tcoarse, fine" in lines[0]
+    assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].startswith("lod_brain\t337719\tfsl_fast, fsl_first, lod7, ")
+    assert lines[0].endswith("\t1mm\t256\t1190.2\t8\tcoarse, fine")
 
 
 def test_list_shows_what_is_packaged_the_default_first(models):

@@ -2,11 +2,12 @@
 
 A new network is a file here and a line below. Its class has ``from_dict(config)``, a class method that builds the network
 from a plain dict, and ``config`` with ``to_dict()``, that dict complete, for the checkpoint, and ``multiple``, which every
-side of an image must be a multiple of; its file has ``RECIPE``, how it is fed and trained. If it is trained coarse to fine it
-also has ``coarse_from_dict`` and ``load_coarse``.
+side of an image must be a multiple of; its file has ``RECIPE``, how it is fed and trained. It gives logits, or a dict of them
+by label protocol, whose classes are then in ``config.protocols``. ``predicts`` is "windows" or "views" where it does not see whole
+scans. If it is trained coarse to fine it also has ``coarse_from_dict`` and ``load_coarse``.
 
 >>> names()
-('fastsurfer_cnn', 'fastsurfer_vinn', 'lod_brain', 'unet')
+('fastsurfer_cnn', 'fastsurfer_vinn', 'lod_brain', 'neuronet', 'unet')
 >>> build("lod_brain", {"levels": 1}).config.levels
 1
 >>> build("monai:BasicUNet", {"classes": 3}).config.classes

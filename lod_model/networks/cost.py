@@ -17,6 +17,7 @@ def macs(network: nn.Module, side: int) -> int:
     >>> for name in networks.names():
     ...     print(name, macs(networks.build(name), 256) // 10**6)
     lod_brain 1190175
+    neuronet 821752
     unet 1179056
     """
     smallest = network.config.multiple

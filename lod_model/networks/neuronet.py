@@ -82,9 +82,11 @@ class NeuroNetConfig:
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
-        named = isinstance(self.protocols, dict) and all(isinstance(name, str) and name.isidentifier() for name in self.protocols)
-        if not named or not self.protocols or not all(is_integer(classes, 2) for classes in self.protocols.values()):
-            raise ValueError(f"protocols: {self.protocols!r}, wanted one or more names such as fsl_fast, each with an integer of at least 2")
+        if not isinstance(self.protocols, dict) or not self.protocols or not all(is_integer(c, 2) for c in self.protocols.values()):
+            raise ValueError(f"protocols: {self.protocols!r}, wanted one or more names, each with an integer of at least 2")
+        unusable = [name for name in self.protocols if not isinstance(name, str) or not name.isidentifier() or hasattr(nn.ModuleDict, name)]
+        if unusable:   # a weight is called by it
+            raise ValueError(f"protocols: {unusable[0]!r}, wanted a name such as fsl_fast")
         object.__setattr__(self, "protocols", dict(self.protocols))
         if not isinstance(self.filters, list | tuple) or len(self.filters) < 2 or not all(is_integer(f, 1) for f in self.filters):
             raise ValueError(f"filters: {self.filters!r}, wanted two or more positive integers")
@@ -216,7 +218,7 @@ class NeuroNet(nn.Module):
         for channels, filters in zip(config.filters, config.filters[1:], strict=False):
             self.units.append(Unit(channels, filters, config, halves=True))
             self.units.extend(Unit(filters, filters, config, halves=False) for _ in range(config.units - 1))
-        self.tails = nn.ModuleDict({f"{name}_tail": Tail(classes, config) for name, classes in config.protocols.items()})
+        self.tails = nn.ModuleDict({name: Tail(classes, config) for name, classes in config.protocols.items()})
         for conv in convolutions(self):   # variance scaling: uniform, of variance 1 / (what a kernel sums up)
             bound = math.sqrt(3 / conv.weight[0].numel())
             nn.init.uniform_(conv.weight, -bound, bound)
@@ -232,7 +234,7 @@ class NeuroNet(nn.Module):
         if unknown:
             raise ValueError(f"protocols: {', '.join(unknown)}, wanted some of {', '.join(self.config.protocols)}")
         scales = self.encode(x)
-        return {name: self.tail(name)(scales) for name in names}
+        return {name: self.tails[name](scales) for name in names}
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """The skips, finest first, and the deepest: (B, filters[i], D/2ⁱ, H/2ⁱ, W/2ⁱ)."""
@@ -244,10 +246,6 @@ class NeuroNet(nn.Module):
             else:
                 scales[-1] = unit(scales[-1])                                    # a scale passes on what its last unit gives
         return scales
-
-    def tail(self, protocol: str) -> Tail:
-        """The decoder of this protocol."""
-        return self.tails[f"{protocol}_tail"]
 
     @staticmethod
     def config_for(tables: Sequence[Protocol]) -> dict:
