@@ -184,6 +184,9 @@ def test_far_neighbours_and_the_box_around_labels():
     assert table.ids[table.classes_of(label_map)[20, 2, 2]] == 41
     assert np.array_equal(shards.classes_of(label_map, table), table.classes_of(label_map))
     assert not shards.classes_of(np.zeros((4, 4, 4), np.uint16), table).any()
+    label_map = np.zeros((40, 20, 6), np.uint16)
+    label_map[20, 10, 2], label_map[28, 18, 2], label_map[10, 10, 2] = 251, 41, 2  # √128 voxels to the right, 10 to the left
+    assert dkt_ids(label_map)[20, 10, 2] == 2
 
 
 # Sides of fused parcels
