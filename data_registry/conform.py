@@ -177,6 +177,18 @@ def labels_to_grid(labels: Volume, placement: Placement, *, method: Literal["maj
     return majority(fine, parts)
 
 
+def coarser_than_grid_mm(labels: Volume, placement: Placement) -> float | None:
+    """Largest voxel edge (mm) of a label map that is coarser than the grid, and so no truth at the grid's resolution; None if it is not.
+
+    >>> fine = Placement(np.diag([0.7, 0.7, 0.7, 1]), (368,) * 3, np.diag([0.7, 0.7, 0.8, 1]), (256, 320, 320))
+    >>> labels = Volume(np.zeros((2, 2, 2), np.uint16), np.diag([0.7, 1.0, 0.7, 1]))
+    >>> coarser_than_grid_mm(labels, fine), coarser_than_grid_mm(Volume(labels.data, fine.affine), fine)
+    (1.0, None)
+    """
+    edge = float(labels.voxel_mm.max())
+    return edge if edge > placement.voxel_mm * (1 + SAME_SIZE) else None
+
+
 def labels_to_native(labels: np.ndarray, placement: Placement) -> np.ndarray:
     """Labels on the grid → the scan's own grid by nearest neighbour; exact where the grids differ by whole voxels."""
     return resample_nearest(labels, np.linalg.inv(placement.affine) @ placement.native_affine, placement.native_shape)

@@ -58,6 +58,8 @@ SAMPLES = pa.schema([
     _column("row_group", pa.int32(), "row group of the shard that holds the scan"),
     _column("shard_sha256", pa.string(), "of the shard's bytes"),
     _column("label_sources", pa.list_(pa.string()), "sources whose labels stand in the shard"),
+    _column("label_voxel_mm", pa.float32(), "largest voxel edge of label maps coarser than the grid, which are no truth at its resolution; "
+            "null if none is", "mm"),
     _column("voxel_mm", pa.float32(), "edge of the grid's voxels", "mm"),
     _column("shape", pa.list_(pa.int32()), "of the grid, LIA axis order", "voxels"),
     _column("affine", pa.list_(pa.float64()), "grid voxel → RAS+ mm, row by row", "mm"),

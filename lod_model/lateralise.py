@@ -75,10 +75,10 @@ def _split_by_blurred_white_matter(sided: np.ndarray, pairs: list[tuple[int, int
     for pair in pairs:
         twin[:, list(pair)] = np.array(pair, dtype=np.uint8)[:, None]
     wanting = twin[0][sided] > 0
+    if not wanting.any():
+        return
     margin = int(REACH * BLUR_VOXELS)
     box = tuple(slice(max(0, s.start - margin), s.stop + margin) for s in bounding_box(wanting))
-    if not wanting[box].any():
-        return
     balance = left_white[box].astype(np.float32) - right_white[box]
     balance = ndimage.gaussian_filter(balance, BLUR_VOXELS, mode="constant", truncate=REACH)
     for side, stronger in enumerate((balance > 0, balance < 0)):

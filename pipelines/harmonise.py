@@ -206,7 +206,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     conformed = prepare(volume, grid=settings.grid, preparation=_preparation(settings))
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
-    warnings = list(conformed.warnings)
+    warnings, coarse_mm = list(conformed.warnings), []
     needed = {source for name in settings.block_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
         try:
@@ -218,6 +218,9 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
             warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
             continue
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
+        if edge := conform.coarser_than_grid_mm(labels, placement):
+            coarse_mm.append(edge)
+            warnings.append(f"{label['source']}: labels of {edge:.3g} mm voxels on a grid of {placement.voxel_mm:.3g} mm, no truth at its resolution")
     volumes = []
     for name in settings.block_protocols:
         table = protocol.load(name)
@@ -245,6 +248,8 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
     }
+    if coarse_mm:
+        sample["label_voxel_mm"] = max(coarse_mm)
     return arrays, sample
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_registry.protocol import IGNORED
 from lod_model import corrupt as corruption
 from lod_model.augment import PAPER_ONE_OF, PRESETS, augment, flip, sample_seed
 from lod_model.corrupt import bias_field, corrupt, reproducible, resampling
@@ -170,3 +171,21 @@ def test_strength_scales_and_zero_is_nothing(monkeypatch):
     monkeypatch.setattr(corruption, "invert", lambda x, depth: x)  # inversion has no strength
     changes = [[np.abs(corrupt(image, seed=s, strength=strength, voxel_mm=2.0) - image).mean() for s in range(20)] for strength in (0, 0.25, 1)]
     assert max(changes[0]) == 0 and sum(changes[1]) < sum(changes[2])
+
+
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_voxels_left_out_stay_so_and_move_along(preset):
+    image, classes = head()
+    left_out = np.where(classes == 1, IGNORED, classes).astype(np.uint8)
+    in_no_class = fractions(left_out)                                        # class 1 is nowhere, and nothing in its place
+    if preset is None:
+        one, other = (flip(image, target, MIRRORED)[1] for target in (left_out, in_no_class))
+        assert np.array_equal(one == IGNORED, (classes == 1)[::-1]) and np.array_equal(other.sum(0) == 0, one == IGNORED)
+        return
+    (_, before), (_, moved) = (run(preset, image, target, 5) for target in (classes, left_out))
+    assert np.array_equal(moved == IGNORED, before == before[moved == IGNORED][0]) and (moved == IGNORED).any()
+    (_, before), (_, moved) = (run(preset, image, target, 5) for target in (fractions(classes), in_no_class))
+    assert moved.shape == before.shape and before.sum((1, 2, 3))[2] / before.size > 1e-3
+    gone = before[1] if np.allclose(moved[2], before[2]) else before[2]      # mirrored or not
+    np.testing.assert_allclose(1 - moved.sum(0), gone, atol=1e-5)
+    np.testing.assert_allclose(moved[0], before[0], atol=1e-5)

@@ -8,8 +8,9 @@ from small_heads import add_subject, run
 from data_registry import shards
 from data_registry.errors import InputError
 from data_registry.params import Harmonise
+from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore
-from pipelines.harmonise import make_shard, task_bytes
+from pipelines.harmonise import harmonise_scan, make_shard, task_bytes
 
 SETTINGS = Harmonise(grid="16mm")
 
@@ -61,6 +62,17 @@ def test_memory_grows_with_the_grid_and_not_with_the_scans():
     for grid, side in (("1mm", 256), ("2mm", 128), ("native", 320)):
         for number in (1, 5):
             assert task_bytes([scan] * number, Harmonise(grid=grid)) == pytest.approx(fixed + side**3 * (10 + stored), abs=1)
+
+
+def test_labels_coarser_than_the_grid_are_flagged_and_others_leave_no_trace(item, tmp_path):
+    scan = item["scans"][0]                                                 # T1w and labels of 6 mm
+    for grid, flagged in (("16mm", False), ("6mm", False), ("native", False), ("4mm", True)):
+        _, sample = harmonise_scan(scan | {"t1w_sha256": ""}, tmp_path / "db", Harmonise(grid=grid))
+        said = [warning for warning in sample["warnings"] if "no truth" in warning]
+        assert said == (["aparc_aseg: labels of 6 mm voxels on a grid of 4 mm, no truth at its resolution"] if flagged else [])
+        assert sample.get("label_voxel_mm") == (6 if flagged else None) and ("label_voxel_mm" in sample) == flagged
+    write_table(tmp_path / "samples.parquet", "samples", [sample | {"status": "ok"}])
+    assert read_table(tmp_path / "samples.parquet", "samples")["label_voxel_mm"].to_pylist() == [6]
 
 
 def test_a_project_elsewhere(tmp_path):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from data_registry.protocol import IGNORED
+from data_registry.shards import block_counts
 from lod_model.losses import block_dice_loss, block_soft_dice, dice_loss, soft_dice
 
 
@@ -57,6 +59,20 @@ def test_blocks_equal_full_resolution_with_gradient(dtype, tolerance):
     assert on_blocks.item() == pytest.approx(on_voxels.item(), abs=tolerance)
     assert fine.grad.abs().max() > 1e-4
     torch.testing.assert_close(coarse.grad, fine.grad, atol=tolerance, rtol=0)
+
+
+def test_voxels_left_out_might_as_well_not_be_there_in_blocks_too():
+    generator = torch.Generator().manual_seed(3)
+    logits, target = torch.randn(2, 5, 3, 2, 2, generator=generator), torch.randint(0, 5, (2, 12, 8, 8), generator=generator, dtype=torch.uint8)
+    target[:, :8][torch.rand(2, 8, 8, 8, generator=generator) < 0.4] = IGNORED
+    counts = torch.stack([torch.from_numpy(block_counts(one.numpy(), 4, 5)) for one in target])
+    upsampled = torch.nn.functional.interpolate(logits, scale_factor=4, mode="nearest")
+    on_voxels = soft_dice(upsampled, target)
+    torch.testing.assert_close(block_soft_dice(logits, counts / 64, 64), on_voxels)
+    kept = target[0] != IGNORED                                                        # (12, 8, 8)
+    alone = soft_dice(upsampled[:1, :, kept][..., None, None], target[:1, kept][..., None, None])
+    torch.testing.assert_close(on_voxels[:1], alone)
+    assert dice_loss(logits, torch.full((2, 3, 2, 2), IGNORED), over="present").item() == 1
 
 
 def test_agrees_with_one_hot():

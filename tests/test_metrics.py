@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from lod_model.metrics import dice, hd95, majority_atlas, volumes_ml
+from data_registry.protocol import IGNORED
+from lod_model.metrics import dice, hd95, majority_atlas, volumes_ml, without_ignored
 
 
 def cube(start: tuple[int, int, int], size: int, *, side: int = 12, label: int = 1) -> np.ndarray:
@@ -97,3 +98,23 @@ def test_majority_atlas_of_one_map_is_the_map_and_of_none_an_error():
         majority_atlas([])
     with pytest.raises(ValueError, match=r"map 1 is uint8 \(2, 2, 2\); uint8 \(12, 12, 12\)"):
         majority_atlas([labels, np.zeros((2, 2, 2), dtype=np.uint8)])
+
+
+def test_voxels_that_the_reference_leaves_out_count_on_neither_side():
+    # reference: 1 on 4..7 of a row, the first two left out; prediction: 1 on 3..7 and far off, all inside what is left out
+    reference, predicted = np.zeros((2, 1, 1, 16), dtype=np.uint8)
+    reference[..., 4:8], predicted[..., 3:8], reference[..., 4:6], reference[..., 12:], predicted[..., 12:] = 1, 1, IGNORED, IGNORED, 2
+    before = reference.copy()
+    assert dice(reference, predicted, 3).tolist() == [pytest.approx(2 * 2 / (2 + 3)), pytest.approx(np.nan, nan_ok=True)]
+    # surfaces: 6 7 against 3 6 7; 95 % of (3, 0, 0) mm, linearly interpolated
+    assert hd95(reference, predicted, 3, voxel_mm=1.0)[0] == pytest.approx(0.9 * 3)
+    assert volumes_ml(reference, 3, voxel_ml=1).tolist() == [2, 0]
+    assert volumes_ml(without_ignored(reference, predicted)[1], 3, voxel_ml=1).tolist() == [3, 0]
+    assert np.array_equal(reference, before) and without_ignored(predicted, reference)[0] is predicted
+    with pytest.raises(ValueError, match="class index 255 among 3 classes"):
+        dice(predicted, reference, 3)  # a prediction leaves nothing out
+
+
+def test_majority_of_the_maps_that_name_a_voxel():
+    maps = np.array([[[[1, IGNORED, IGNORED, 0]]], [[[IGNORED, 2, IGNORED, 0]]], [[[0, 0, IGNORED, 1]]]], dtype=np.uint8)
+    assert majority_atlas([*maps, np.array([[[1, IGNORED, IGNORED, IGNORED]]], dtype=np.uint8)]).tolist() == [[[1, 0, 0, 0]]]

@@ -48,6 +48,16 @@ def test_a_head_that_is_not_moved_has_the_label_maps_own_counts(head, voxel_mm):
     assert np.array_equal(sample.counts, block_counts(head, voxel_mm))
 
 
+def test_a_protocol_with_sides_and_what_it_leaves_out(head):
+    """Left is the high end of axis 0; an id without a side is of no class."""
+    synthseg, ids = protocols.load("synthseg33"), np.where(IDS == 16, 77, IDS)
+    counts = render(Anatomy(head.name, head.codes, ids), protocol=synthseg, seed=0, voxel_mm=4, how=STILL).counts
+    left, right, stem = (block_counts(head, 4).sum((1, 2, 3))[c] for c in (3, 1, 6))
+    assert counts[synthseg.table[2]].sum() == left and counts[synthseg.table[42]].sum() == right
+    assert np.argwhere(counts[synthseg.table[2]]).mean(0)[0] > np.argwhere(counts[synthseg.table[42]]).mean(0)[0]
+    assert stem > 0 and (64 - counts.sum(0, dtype=int)).sum() == stem
+
+
 def test_a_translation_moves_image_and_labels_alike(head):
     """Content at x + shift appears at x: the structure's centre moves against the drawn shift; all axes by their own amount."""
     still, moved = (
