@@ -1,7 +1,7 @@
 """NeuroNet's loss: cross-entropy, averaged over the voxels of a protocol, then over protocols, then over scans.
 
 Source: Rajchl et al. 2018, whose scans carry every protocol's labels. Ours may lack some: a scan's mean is over the protocols it has labels of,
-so that it trains their tails and the encoder, at the same weight as any other scan.
+so that it trains their tails and the encoder, at the same weight as any other scan; in a target it is ``IGNORED`` everywhere.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = 255
-"""In a target: a voxel without a label. A scan without a protocol's labels has it everywhere."""
+from data_registry.protocol import IGNORED
 
 
 def protocols_cross_entropy(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:

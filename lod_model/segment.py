@@ -8,9 +8,10 @@ Outputs of ``sub-01_ses-1_T1w.nii.gz``, all in one folder (names after BIDS deri
 - ``…_overlay.png``   three slices with the labels
 - ``…_dseg.json``     what was read, what made it, the verdict with its reasons, and the outputs' hashes; written last
 
-Where the weights have several label protocols, each has its own four files, ``…_seg-<protocol>_desc-lodbrain_…`` (the protocol without
-underscores); the JSON is one. A refused scan leaves the JSON alone, with verdict ``fail``. A name belongs to one input: where two inputs, in one call or in an earlier
-one into the same folder, would share it, the names of their folders (or their full file names) are put in front.
+Where the weights have several label protocols, each has its own files, ``…_seg-<protocol>_desc-lodbrain_…`` (the protocol without
+underscores); the JSON is one. A refused scan leaves the JSON alone, with verdict ``fail``. A name belongs to one input: where two inputs,
+in one call or in an earlier one into the same folder, would share it, the names of their folders (or their full file names) are put in
+front.
 """
 
 import contextlib
