@@ -44,14 +44,18 @@ def refused(*words: object) -> str:
 
 def test_networks_as_a_list_of_objects():
     rows = {row["name"]: row for row in json_of("networks", "--json")}
-    assert list(rows) == ["lod_brain", "unet"]
+    assert list(rows) == ["fastsurfer_cnn", "fastsurfer_vinn", "lod_brain", "unet"]
+    assert rows["fastsurfer_cnn"]["parameters"] == {"axial": 1799206, "coronal": 1799206, "sagittal": 1797386}
+    assert rows["fastsurfer_vinn"]["parameters"] == {"axial": 1854632, "coronal": 1854632, "sagittal": 1852616}
+    assert (rows["fastsurfer_vinn"]["multiple"], rows["fastsurfer_vinn"]["stages"]) == (16, ["fine"])
     ours, plain = rows["lod_brain"], rows["unet"]
     assert ours["parameters"] == 337719 and ours["protocols"] == ["lod7"]
     assert (ours["grid"], ours["side"], ours["gmac"], ours["multiple"]) == ("1mm", 256, 1190.2, 8)
     assert (ours["stages"], plain["stages"]) == (["coarse", "fine"], ["fine"])
     assert abs(plain["gmac"] / ours["gmac"] - 1) < 0.05
     header, *lines = lodbrain("networks").stdout.splitlines()
-    assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].startswith("lod_brain\t337719\tlod7\t1mm\t256\t1190.2\t8\tcoarse, fine")
+    assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].split("\t")[1] == "axial 1799206, coronal 1799206, sagittal 1797386"
+    assert lines[2].startswith("lod_brain\t337719\tlod7\t1mm\t256\t1190.2\t8\tcoarse, fine")
 
 
 def test_list_shows_what_is_packaged_the_default_first(models):
