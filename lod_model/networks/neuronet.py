@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data_registry.errors import InputError
-from lod_model.networks.conventions import check_image, convolutions, is_integer
+from lod_model.networks.conventions import check_image, convolutions, convolve, is_integer
 
 PROTOCOLS = {"fsl_fast": 4, "fsl_first": 16, "spm_tissue": 4, "malp_em": 139, "malp_em_tissue": 6}
 """Name → classes, in the paper's order; the tables are those of ``data_registry/protocols``."""
@@ -162,8 +162,8 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activate = ACTIVATIONS[self.activation]
-        y = self.first(activate(self.first_norm(x), inplace=True))
-        y = self.second(activate(self.second_norm(y), inplace=True))
+        y = convolve(self.first, activate(self.first_norm(x), inplace=True))
+        y = convolve(self.second, activate(self.second_norm(y), inplace=True))
         return y + self.shortcut(x)
 
     def shortcut(self, x: Tensor) -> Tensor:
