@@ -265,5 +265,6 @@ def _our_name(public: str, depth: int) -> str:
     blocks |= {f"encode{i + 1}": f"unet.encoder.{i}" for i in range(depth)}
     blocks |= {f"decode{depth - i}": f"unet.decoder.{i}" for i in range(depth)}
     kind, number = re.fullmatch(r"([a-z]+)(\d*)", layer).groups()              # gn is a batch norm too
-    layers = {"conv": f"convs.{number}", "prelu": "prelu"} | dict.fromkeys(("bn", "gn"), f"norms.{int(number or 0) - 1}" if number != "0" else "entry_norm")
+    norm = "entry_norm" if number == "0" else f"norms.{int(number or 0) - 1}"
+    layers = {"conv": f"convs.{number}", "prelu": "prelu", "bn": norm, "gn": norm}
     return f"{blocks[module]}.{layers[kind]}.{tensor}"
