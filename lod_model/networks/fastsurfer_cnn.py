@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lod_model.networks.competitive import CompetitiveUNet, ThreeViews, ViewsConfig, check_slices, initialise, laid_out
