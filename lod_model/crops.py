@@ -12,6 +12,7 @@ from lod_model.augment import augment, sample_seed
 from lod_model.data import Scan
 
 IGNORED = protocols.IGNORED
+MOST = 2.0  # times the scan's deviation, by augmentation: a cube of air tells nothing of what was done to the rest
 
 
 class CropDataset(Dataset):
@@ -44,8 +45,7 @@ class CropDataset(Dataset):
         image = raw
         if self.augmentation != "none":
             image, classes = augmented(raw, classes, there, preset=self.augmentation, seed=seed, voxel_mm=scan.voxel_mm)
-        # intensity 0, not the mean, beyond the scan
-        image = self._padded(scan.zscored(image, raw), -scan.mean / max(scan.deviation, 1e-6))
+        image = scan.zscored(self._padded(image, 0), self._padded(raw, 0), most=MOST)
         sample = {"image": torch.from_numpy(image.astype(np.float32))[None]}
         found = dict(zip((table.name for table in there), classes, strict=True))
         for table in self.protocols:
