@@ -36,7 +36,7 @@ class SliceDataset(Dataset):
         self.protocol = protocols.load(protocol)
         classes, merged = self.protocol.classes, protocols.sagittal_classes(self.protocol)[0]
         self.swap = np.append(self.protocol.mirrored(), np.arange(classes, 256))
-        self.seen = {view: np.arange(256, dtype=np.uint8) for view in VIEWS}   # class → the class that a view sees
+        self.seen = {view: np.arange(256, dtype=np.uint8) for view in VIEWS}  # class → the class that a view sees
         self.seen["sagittal"][:classes] = merged
         self.cortex = dict.fromkeys(VIEWS, self.protocol.cortex)
         self.cortex["sagittal"] = np.isin(np.arange(merged.max() + 1), merged[self.protocol.cortex])
@@ -101,9 +101,9 @@ def _surveyed(classes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
     part = classes[box]
     counts = np.bincount(part.ravel(), minlength=256)
     counts[0] += classes.size - part.size
-    there = (part + np.uint8(1)) > 1                                         # neither background nor, going round, IGNORED
-    plane = there.any(0)                                                     # (H, W)
-    lines = there.reshape(len(there), -1).any(1), plane.any(1), plane.any(0)
+    there = (part + np.uint8(1)) > 1  # neither background nor, going round, IGNORED
+    plane = there.any(0)  # (H, W)
+    lines = there.any(2).any(1), plane.any(1), plane.any(0)
     planes = [np.flatnonzero(line) + side.start for line, side in zip(lines, box, strict=True)]
     return counts, planes if len(planes[0]) else [np.arange(n) for n in classes.shape]
 

@@ -24,10 +24,11 @@ def small_scan(t1w: np.ndarray, *, scan_id: str = "sub-01", voxel_mm: float = 1.
     """A scan with ``t1w`` (D, H, W) uint8 and the classes of protocols, by name."""
     histogram = np.bincount(t1w.ravel(), minlength=256)
     mean, deviation = moments(histogram)
+    sources = tuple(dict.fromkeys(load(name).sources[0] for name in classes))
     store = Arrays(t1w_x1=t1w, **{f"{name}_classes_x1": array for name, array in classes.items()})
     return Scan(
         scan_id=scan_id, database="small", site="small", place="small", store=store, shard="small", shard_sha256="", row_group=0,
-        mean=mean, deviation=deviation, voxel_mm=voxel_mm, label_sources=tuple({load(name).sources[0]: None for name in classes}), histogram=histogram,
+        mean=mean, deviation=deviation, voxel_mm=voxel_mm, label_sources=sources, histogram=histogram,
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def test_a_crop_depends_on_seed_epoch_and_scan_alone():
         assert all(torch.equal(one[name], two[name]) for name in one)
         assert not torch.equal(one["image"], other["image"])
     later = CropDataset(scans[1:], protocol_names=["synthseg33"], side=8, multiple=4, augmentation="light")[3, 0]
-    assert torch.equal(later["image"], alone[1]["image"])                      # its index is no matter
+    assert torch.equal(later["image"], alone[1]["image"])  # its index is no matter
 
 
 def test_validation_is_the_middle_and_stays():
@@ -113,7 +113,7 @@ def test_protocols_moved_together_are_each_moved_alone(number, preset):
     for part in classes:
         part[3:6, 4:8, 20:] = IGNORED
         part[:, :, :2] = part[:, :1] = 0
-    assert len(np.unique(classes[0].astype(int) * 256 + classes[1])) > 300     # more combinations than a byte has
+    assert len(np.unique(classes[0].astype(int) * 256 + classes[1])) > 300  # more combinations than a byte has
     for seed in range(6):
         how = {"preset": preset, "seed": seed, "voxel_mm": 1.0}
         together, moved = augmented(volume, classes, tables, **how)
@@ -145,6 +145,7 @@ def test_a_flip_exchanges_left_and_right(only_flips, protocols):
 
 def mirrored(table, classes: np.ndarray) -> np.ndarray:
     """By the names alone: what is called left is right."""
+
     def twin(name: str) -> str:
         for left, right in (("Left", "Right"), ("ctx-lh", "ctx-rh"), ("left", "right")):
             if left in name:
