@@ -82,7 +82,8 @@ class Harmonise(Section):
 class Split(Section):
     """Who is held out."""
 
-    key: Literal["place", "site", "database", "manufacturer", "scanner"] = "place"
+    key: Literal["place", "site", "database", "manufacturer", "scanner", "resolution"] = "place"
+    """resolution: the smallest edge of a scan's own voxels in mm, to one decimal, e.g. "0.8"."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Grouped folds, never more than there are groups; every group is held out exactly once."""
     holdout: tuple[str, ...] = ()
@@ -93,6 +94,9 @@ class Split(Section):
     """Of the people of training places, for early stopping and the choice of a checkpoint."""
     internal_share: Share = 0.25
     """Of the people of training places, unseen, for the comparison with held-out places."""
+    train_people: Annotated[Count | None, LeftOutIf(None)] = None
+    """Train on so many people alone, spread over sites, those of a smaller number among those of a larger; null: on all. What is validated
+    and tested on stays."""
     seed: int = 0
 
 

@@ -47,7 +47,7 @@ def test_everything_is_there(project):
     results = read_table(project / "tables/results.parquet", "results").to_pandas()
     assert set(results.run) == {"lod_brain-base-0", "atlas-base-0"}
     assert set(results[results.role == "external_test"].place) == {"alpha", "beta", "gamma"}
-    assert set(results.metric) == {"dice", "hd95", "volume", "reference_volume"}
+    assert set(results.metric) == {"dice", "hd95", "asd", "volume", "reference_volume"}
     page = (project / "reports/report.html").read_text()
     assert "data:image" in page and results.split_hash[0][:12] in page
     assert (project / "mlflow/mlflow.db").is_file()
