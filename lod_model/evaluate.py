@@ -168,7 +168,7 @@ def run_of(run: str, protocol: str, contender_protocols: tuple[str, ...]) -> str
 
 
 def _score(contender: Contender, role: str, scan: Scan, split_hash: str) -> list[dict]:
-    """The rows of one scan: Dice, HD95 and ASD (mm), predicted and reference volume (mL) of every structure of each protocol that it has labels of."""
+    """The rows of one scan: Dice, HD95, ASD (mm), predicted and reference volume (mL) of every structure of each protocol that it has labels of."""
     rows = []
     found = contender.predict(scan)
     for name in contender.protocols:

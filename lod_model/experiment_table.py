@@ -4,8 +4,8 @@
 
 How figures are combined, stated once: a scan that several folds scored counts with its mean over them; then comes the mean over its
 structures, where they are defined; then the mean over scans. An arm is compared with the reference on the scans that both scored, by
-Wilcoxon's signed-rank test (two-sided) over people, a person with several scans being one pair, and all tests of a table are adjusted by
-Benjamini and Hochberg.
+Wilcoxon's signed-rank test (two-sided) over people, a person with several scans being one pair; external with internal scans likewise, or,
+where no scan is both, by Mann and Whitney's test. All tests of a table are adjusted by Benjamini and Hochberg.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from data_registry import protocol as protocols
 from data_registry.errors import InputError, run_stage
@@ -69,7 +70,7 @@ def main() -> None:
     plan = load_plan(out)
     scores = pd.concat([scores_of(out / "arms" / arm, plan.column(arm), plan.table) for arm in plan.arms], ignore_index=True)
     found = cells(scores, plan.table, read_published(plan.published))
-    head, notes = stamp(plan), described(out, plan, scores)
+    head, notes = stamp(plan), described(out, plan, scores, found)
     with replacing(out / "table.tsv") as aside:
         text = "".join(f"# {line}\n" for line in [*head, *notes])
         aside.write_text(text + numbers(found, plan).to_csv(sep="\t", index=False, na_rep="n/a", float_format="%.6g"), encoding="utf-8")
@@ -136,8 +137,6 @@ def _missing(values: pd.Series) -> float:
 
 def cells(scores: pd.DataFrame, table: Table, published: dict[tuple[str, str], float]) -> pd.DataFrame:
     """A row an arm × part × structures × metric: scans, people, mean, deviation, and against the reference difference, pairs, p, p_adjusted."""
-    from scipy import stats
-
     by_cell = dict(iter(scores.dropna(subset="value").groupby(["arm", "part", "structures", "metric"], sort=False)))
     rows = []
     for (arm, part, structures, metric), own in by_cell.items():
@@ -147,16 +146,24 @@ def cells(scores: pd.DataFrame, table: Table, published: dict[tuple[str, str], f
             row["published"] = published[part, arm]
         other = _reference(arm, part, table)
         if (*other, structures, metric) in by_cell and other != (arm, part):
-            pairs = own.merge(by_cell[*other, structures, metric][["scan_id", "value"]], on="scan_id", suffixes=("", "_other"))
-            by_person = (pairs.value - pairs.value_other).groupby(pairs.person).mean()
-            row |= {"difference": by_person.mean(), "pairs": len(by_person)}
-            row["p"] = float(stats.wilcoxon(by_person).pvalue) if (by_person != 0).any() else np.nan
+            row |= compared(own, by_cell[*other, structures, metric], paired=other[0] != arm)
         rows.append(row)
     found = pd.DataFrame(rows, columns=CELL)
     asked = found.p.notna()
     if asked.any():
         found.loc[asked, "p_adjusted"] = stats.false_discovery_control(found.p[asked])
     return found
+
+
+def compared(own: pd.DataFrame, other: pd.DataFrame, *, paired: bool) -> dict[str, float]:
+    """Mean difference own − other over people, how many pairs of them, and p; of unpaired people only where that is allowed and nobody is both."""
+    shared = own.merge(other[["scan_id", "value"]], on="scan_id", suffixes=("", "_other"))
+    by_person = (shared.value - shared.value_other).groupby(shared.person).mean()
+    if len(by_person) or paired:
+        p = float(stats.wilcoxon(by_person).pvalue) if (by_person != 0).any() else np.nan
+        return {"difference": by_person.mean(), "pairs": len(by_person), "p": p}
+    one, two = (scores.groupby("person").value.mean() for scores in (own, other))
+    return {"difference": one.mean() - two.mean(), "pairs": 0, "p": float(stats.mannwhitneyu(one, two).pvalue)}
 
 
 def _reference(arm: str, part: str, table: Table) -> tuple[str, str]:
@@ -185,7 +192,7 @@ def stamp(plan: Plan) -> list[str]:
     return [f"SMOKE: run to see that it runs; its figures mean nothing. {note}".strip(), f"The full run: {plan.full}"] if plan.full else []
 
 
-def described(out: Path, plan: Plan, scores: pd.DataFrame) -> list[str]:
+def described(out: Path, plan: Plan, scores: pd.DataFrame, found: pd.DataFrame) -> list[str]:
     """Under which split, from which data and code the table came."""
     said = [f"Source: {plan.experiment.source}. Its figures were made with {plan.experiment.data}; this table with {', '.join(plan.roots)}."]
     arms: dict[str, list[str]] = {}
@@ -198,7 +205,8 @@ def described(out: Path, plan: Plan, scores: pd.DataFrame) -> list[str]:
     roles = " and ".join({"internal_test": "unseen people", "external_test": "held-out groups"}[role] for role in plan.table.roles)
     said.append(f"Scored: {scores.scan_id.nunique()} scans of {scores.person.nunique()} people, {roles}; commit {git_revision()}.")
     if plan.table.reference:
-        said.append(f"Differences are to {plan.label(plan.table.reference)}; p: Wilcoxon signed-rank over people, Benjamini-Hochberg over the table.")
+        test = "Mann-Whitney over people, as no scan is both" if (found.pairs == 0).any() else "Wilcoxon signed-rank over people"
+        said.append(f"Differences are to {plan.label(plan.table.reference)}; p: {test}, Benjamini-Hochberg over the table.")
     missing = scores.groupby("metric").undefined.mean()
     said += [f"{METRICS[metric][0]} is not defined for {share:.1%} of structures, absent on a side." for metric, share in missing.items() if share]
     return said
