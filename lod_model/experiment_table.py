@@ -199,7 +199,8 @@ def described(out: Path, plan: Plan, scores: pd.DataFrame, found: pd.DataFrame) 
     for arm in plan.arms:
         split = json.loads((out / "arms" / arm / "tables" / "split.json").read_text(encoding="utf-8"))
         train = "–".join(str(n) for n in sorted({fold["counts"]["train"] for fold in split["folds"]}))
-        line = f"split {split['split_hash'][:12]} by {split['key']}, {len(split['folds'])} folds, {train} training scans a fold"
+        folds = len(split["folds"])
+        line = f"split {split['split_hash'][:12]} by {split['key']}, {folds} fold{'s' * (folds > 1)}, {train} training scans a fold"
         arms.setdefault(line, []).append(plan.label(arm))
     said += [f"{line} ({', '.join(names)})" if len(arms) > 1 else line for line, names in arms.items()]
     roles = " and ".join({"internal_test": "unseen people", "external_test": "held-out groups"}[role] for role in plan.table.roles)
