@@ -28,7 +28,8 @@ from data_registry import protocol
 from data_registry.errors import InputError, run_stage
 from data_registry.experiment import Experiment, arm_params, load_experiment
 from data_registry.files import replacing, sha256
-from data_registry.params import Params, Resources, fingerprint
+from data_registry.params import Params, fingerprint
+from pipelines.demo import build_sites
 from pipelines.index import find_databases
 from pipelines.project import CHECKOUT, DEMO_ROOT, stage_environment
 
@@ -49,17 +50,16 @@ def main() -> None:
     experiment = load_experiment(arguments.experiment)
     name = re.sub(r"[^a-z0-9_]", "_", arguments.experiment.stem.lower())
     out = (arguments.out or CHECKOUT / "runs" / (name + "-smoke" * arguments.smoke)).resolve()
-    given = {"index": {"roots": [os.path.abspath(root) for root in arguments.data]}}
-    arms = arm_params(arguments.experiment, experiment, smoke=arguments.smoke, given=given)
+    roots = [os.path.abspath(root) for root in arguments.data or [CHECKOUT / DEMO_ROOT]]
+    arms = arm_params(arguments.experiment, experiment, smoke=arguments.smoke, given={"index": {"roots": roots}})
     if not arguments.data and not arguments.smoke:
         raise InputError(f"{arguments.experiment}: --data is missing; BIDS databases with labels are wanted ({experiment.data}), or --smoke")
     if not arguments.data:
-        given["index"]["roots"] = [str(_demo())]
-        arms = arm_params(arguments.experiment, experiment, smoke=True, given=given)
-    find_databases([Path(root) for root in given["index"]["roots"]])
+        build_sites(CHECKOUT / DEMO_ROOT)
+    find_databases([Path(root) for root in roots])
     run(name, arms, out)
-    command = f"python -m pipelines.experiment {shlex.quote(str(arguments.experiment))} --data DATA --out {shlex.quote(f'runs/{name}')}"
-    describe(out, experiment, list(arms), name=name, file=arguments.experiment, roots=given["index"]["roots"], full=command * arguments.smoke)
+    command = f"python -m pipelines.experiment {shlex.quote(str(arguments.experiment))} --data DATA"
+    describe(out, experiment, list(arms), name=name, file=arguments.experiment, roots=roots, full=command * arguments.smoke)
     _stage(out, "lod_model.experiment_table", str(out), where="table")
     print((out / "table.md").read_text(encoding="utf-8"))
     print(f"table: {out / 'table.md'}, {out / 'table.tsv'}")
@@ -107,16 +107,17 @@ def _settle(folder: Path, params: Params, data: Path, name: str) -> None:
     params = params.model_copy(update={
         "experiment": name,
         "evaluate": params.evaluate.model_copy(update={"reference_weights": weights}),
-        "resources": params.resources.model_copy(update={"mlflow_uri": uri, "shards": _shards(params, data)}),
+        "resources": params.resources.model_copy(update={
+            "mlflow_uri": uri, "shards": _shards(params.resources.shards, data), "cache_folder": str(data / params.resources.cache_folder),
+        }),
     })  # fmt: skip
     with replacing(folder / "params.yaml") as aside:
         aside.write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
-def _shards(params: Params, data: Path) -> str:
-    """Where the shards of ``data`` stand: in it, or below the folder or URL that the settings name, as each needs a place of its own."""
-    chosen = params.resources.shards
-    return str(data / chosen) if chosen == Resources().shards else f"{chosen.rstrip('/')}/{data.name}"
+def _shards(chosen: str, data: Path) -> str:
+    """Where the shards of ``data`` stand: in it, or, each in a place of its own, below the URL or whole path that the settings name."""
+    return f"{chosen.rstrip('/')}/{data.name}" if "://" in chosen or Path(chosen).is_absolute() else str(data / chosen)
 
 
 def _stage(folder: Path, module: str, *arguments: str, where: str) -> None:
@@ -141,14 +142,6 @@ def describe(out: Path, experiment: Experiment, arms: list[str], *, name: str, f
     content = {"name": name, "arms": arms, "roots": roots, "full": full, "published": published, "experiment": experiment.model_dump(mode="json")}
     with replacing(out / "experiment.json") as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _demo() -> Path:
-    """The synthetic sites, as ``make demo`` has them."""
-    from pipelines.demo import build_sites
-
-    build_sites(CHECKOUT / DEMO_ROOT)
-    return CHECKOUT / DEMO_ROOT
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lod_model import experiment_table, networks
 from lod_model.experiment_table import cells, compared, load_plan, numbers
 from lod_model.feeding import Feeding
 from lod_model.train import _check_fits, _grown
+from pipelines.experiment import _shards
 
 PRESETS = sorted(path for path in (CHECKOUT / "params").glob("*.yaml") if "arms" in (text := path.read_text()) and "\nsource:" in text)
 STAGE = {"epochs": 1, "learning_rate": 0.01}
@@ -68,7 +69,7 @@ def test_arms_share_one_set_of_shards(made):
 def test_the_table_says_what_it_is(made):
     page, said = (made / "out/table.md").read_text(), (made / "second.txt").read_text()
     assert page in said and page.startswith("# Two levels or one?\n\n**SMOKE: run to see that it runs; its figures mean nothing. Of shells.**")
-    assert f"python -m pipelines.experiment {made}/levels.yaml --data DATA --out runs/levels**" in page
+    assert f"python -m pipelines.experiment {made}/levels.yaml --data DATA**" in page
     head = [line for line in (made / "out/table.tsv").read_text().splitlines() if line.startswith("# ")]
     assert head[0].startswith("# SMOKE") and "5 scans of 5 people, unseen people and held-out groups" in page
     split = json.loads((made / "out/arms/one/tables/split.json").read_text())["split_hash"]
@@ -97,6 +98,13 @@ def test_a_stage_that_fails_is_one_line(made):
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: arm 1 of 1, two: split ended with status 2: split.train_people is 50: fold 0 has")
     assert line.endswith(f"(all it said: {made}/out/arms/two/log.txt; finished work is kept)")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "place"), [("shards", "/out/data/a1/shards"), ("s3://bucket/", "s3://bucket/a1"), ("/lab/shards", "/lab/shards/a1")]
+)
+def test_each_data_has_its_shards_apart(chosen, place):
+    assert _shards(chosen, Path("/out/data/a1")) == place
 
 
 @pytest.mark.parametrize(
