@@ -27,8 +27,8 @@ from data_registry.split import resolution
 from lod_model.report_figures import number, signed
 from lod_model.tracking import git_revision
 
-METRICS = {"dice": ("DSC", 4), "asd": ("ASD (mm)", 3)}
-"""Its name in the table, and digits."""
+METRICS = {"dice": ("DSC", 4, "in both maps"), "asd": ("ASD (mm)", 3, "in either map")}
+"""Its name in the table, digits, and where a structure must be missing for it not to be defined."""
 ALL = "all structures"
 CELL = (
     "arm", "part", "structures", "metric", "scans", "people", "mean", "deviation", "trained", "published", "difference", "pairs", "p", "p_adjusted",
@@ -206,10 +206,12 @@ def described(out: Path, plan: Plan, scores: pd.DataFrame, found: pd.DataFrame) 
     roles = " and ".join({"internal_test": "unseen people", "external_test": "held-out groups"}[role] for role in plan.table.roles)
     said.append(f"Scored: {scores.scan_id.nunique()} scans of {scores.person.nunique()} people, {roles}; commit {git_revision()}.")
     if plan.table.reference:
-        test = "Mann-Whitney over people, as no scan is both" if (found.pairs == 0).any() else "Wilcoxon signed-rank over people"
+        test = "Mann-Whitney over people, as no scan is both" if ((found.pairs == 0) & found.p.notna()).any() else "Wilcoxon signed-rank over people"
         said.append(f"Differences are to {plan.label(plan.table.reference)}; p: {test}, Benjamini-Hochberg over the table.")
     missing = scores.groupby("metric").undefined.mean()
-    said += [f"{METRICS[metric][0]} is not defined for {share:.1%} of structures, absent on a side." for metric, share in missing.items() if share]
+    for metric, share in missing[missing > 0].items():
+        name, _, where = METRICS[metric]
+        said.append(f"{name} is not defined for {share:.1%} of structures, missing {where}; means are over the others.")
     return said
 
 
