@@ -273,6 +273,9 @@ def _our_name(public: str, depth: int) -> str:
     blocks = {"inp_block": "native", "outp_block": "output", "bottleneck": "unet.bottom"}
     blocks |= {f"encode{i + 1}": f"unet.encoder.{i}" for i in range(depth)}
     blocks |= {f"decode{depth - i}": f"unet.decoder.{i}" for i in range(depth)}
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", layer).groups()              # gn is a batch norm too
-    layers = {"conv": f"convs.{number}", "prelu": "prelu"} | dict.fromkeys(("bn", "gn"), f"norms.{int(number or 0) - 1}" if number != "0" else "entry_norm")
-    return f"{blocks[module]}.{layers[kind]}.{tensor}"
+    kind, number = re.fullmatch(r"([a-z]+)(\d*)", layer).groups()
+    if kind in ("bn", "gn"):                                                   # gn is a batch norm too
+        layer = "entry_norm" if number == "0" else f"norms.{int(number) - 1}"
+    elif kind == "conv":
+        layer = f"convs.{number}"
+    return f"{blocks[module]}.{layer}.{tensor}"
