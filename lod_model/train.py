@@ -63,12 +63,8 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            try:
+            with tracker.underway(parent), tracker.underway(child, machine=True):
                 _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
-            except BaseException:
-                tracker.finish(child, failed=True)
-                tracker.finish(parent, failed=True)
-                raise
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
 
