@@ -51,7 +51,7 @@ def sync(sources: Iterable[Path], uri: str) -> None:
     files = [file for source in sources for file in _files(source) if file.absolute() != target]
     for file in dict.fromkeys(files):
         try:
-            source = Store(f"sqlite:///{file.absolute()}")
+            source = Store(f"sqlite:///{file}")
             source.experiments()
         except StoreError as error:
             raise InputError(f"{file}: {error}; a file of MLflow runs is wanted") from None
@@ -116,8 +116,8 @@ class Tracker:
         self._write(run, lambda store, there: store.set_status(there, "FAILED" if failed else "FINISHED", end=now))
 
     @contextlib.contextmanager
-    def underway(self, run: str) -> Iterator[None]:
-        """A run while it is made, again perhaps: running, with figures of the machine, and failed if the block fails."""
+    def underway(self, run: str, *, machine: bool = False) -> Iterator[None]:
+        """A run while it is made, again perhaps: running, failed if the block fails; ``machine``: with figures of this one."""
         self._write(run, lambda store, there: store.set_status(there, "RUNNING"))
 
         def keep(values: dict[str, float]) -> None:
@@ -126,7 +126,7 @@ class Tracker:
             self._write(run, lambda store, there: store.add(there, figures=figures))
 
         try:
-            with sampled(keep):
+            with sampled(keep) if machine else contextlib.nullcontext():
                 yield
         except BaseException:
             self.finish(run, failed=True)
@@ -218,9 +218,9 @@ def _slurm_job(is_child: bool) -> dict[str, str]:
 
 def _job_file() -> Path:
     """Of this job alone: of SLURM's, the same after a requeue, else of this process."""
-    step = os.environ.get("SLURM_STEP_ID")
-    job = f"slurm-{os.environ['SLURM_JOB_ID']}" + (f".{step}" if step else "") if "SLURM_JOB_ID" in os.environ else f"{socket.gethostname()}-{os.getpid()}"
-    return LOCAL_FOLDER / "jobs" / f"{job}.db"
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    name = f"{socket.gethostname()}-{os.getpid()}" if job is None else f"slurm-{job}" if step is None else f"slurm-{job}.{step}"
+    return LOCAL_FOLDER / "jobs" / f"{name}.db"
 
 
 def _opened(uri: str) -> Store:
@@ -231,7 +231,7 @@ def _opened(uri: str) -> Store:
 
 
 def _uri(path: Path) -> str:
-    return f"sqlite:///{path.resolve()}"
+    return f"sqlite:///{path.absolute()}"
 
 
 def _now() -> int:

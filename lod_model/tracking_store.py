@@ -11,11 +11,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 KEY_TAG = "lodbrain.key"
 PARENT_TAG = "mlflow.parentRunId"
+EMPTY: Mapping[str, str] = MappingProxyType({})
 SETTLE_S = 1.0
 """Two jobs that make the same parent at once see each other's after this long, and keep the same one."""
 
@@ -63,10 +65,11 @@ class Store:
         for name in ("mlflow", "alembic"):  # else a line for each table of a new file
             logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        self.uri, self.file = uri, sqlite_file(uri)
+        self.file = sqlite_file(uri)
+        self.uri = f"sqlite:///{self.file}" if self.file else uri  # of an absolute path: MLflow keeps what it has opened by its URI
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=uri)
+        self._client = MlflowClient(tracking_uri=self.uri)
         self._experiments: dict[str, str] = {}
 
     @property
@@ -112,13 +115,13 @@ class Store:
         return made
 
     @_in_a_line
-    def add(self, run: str, *, params: Mapping[str, str] | None = None, tags: Mapping[str, str] | None = None, figures: Iterable[Figure] = ()) -> None:
+    def add(self, run: str, *, params: Mapping[str, str] = EMPTY, tags: Mapping[str, str] = EMPTY, figures: Iterable[Figure] = ()) -> None:
         """Settings, tags (one that stands is replaced) and figures, in as many requests as MLflow's limits ask for."""
         from mlflow.entities import Metric, Param, RunTag
 
-        for some in _batches([Param(name, str(value)) for name, value in (params or {}).items()], 100):
+        for some in _batches([Param(name, str(value)) for name, value in params.items()], 100):
             self._client.log_batch(run, params=some)
-        for some in _batches([RunTag(name, str(value)) for name, value in (tags or {}).items()], 100):
+        for some in _batches([RunTag(name, str(value)) for name, value in tags.items()], 100):
             self._client.log_batch(run, tags=some)
         for some in _batches([Metric(*figure) for figure in figures], 1000):
             self._client.log_batch(run, metrics=some)
