@@ -54,7 +54,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     tags = tracking_tags() | {"network": network}
     parent = tracker.run(run_key(run, identity), name=run, tags=tags)
-    tracker.params(parent, _flat(params))
+    tracker.params(parent, {"network": network, **_flat(params)})
     epochs = sum(getattr(params.train, level).epochs for level in ("coarse", "fine") if _grown(network, level, None, params) is not None)
     columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
