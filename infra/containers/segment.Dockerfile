@@ -12,7 +12,7 @@ RUN sh /source/infra/containers/install_segment.sh /opt/lodbrain
 FROM docker.io/library/python:3.11.14-slim-bookworm
 COPY --from=build /opt/lodbrain /opt/lodbrain
 ARG REVISION=unknown
-ENV PATH=/opt/lodbrain/bin:$PATH LODBRAIN_REVISION=$REVISION MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
+ENV PATH=/opt/lodbrain/bin:$PATH LODBRAIN_REVISION=$REVISION HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /data
 ENTRYPOINT ["lodbrain"]

@@ -15,7 +15,7 @@ COPY infra /opt/lodbrain/infra
 RUN PIP_NO_CACHE_DIR=1 sh /opt/lodbrain/infra/install.sh /opt/lodbrain/.venv cuda
 ARG REVISION=unknown
 ENV PATH=/opt/lodbrain/.venv/bin:$PATH PYTHONPATH=/opt/lodbrain PYTHONDONTWRITEBYTECODE=1 \
-    LODBRAIN_REVISION=$REVISION MPLCONFIGDIR=/tmp/matplotlib DVC_NO_ANALYTICS=1 RAY_USAGE_STATS_ENABLED=0
+    LODBRAIN_REVISION=$REVISION HOME=/tmp MPLCONFIGDIR=/tmp/matplotlib DVC_NO_ANALYTICS=1 RAY_USAGE_STATS_ENABLED=0
 USER 10001:10001
 WORKDIR /project
 CMD ["bash"]
