@@ -153,17 +153,21 @@ def test_a_server_that_stays_away_is_said_with_the_command_that_sends_later(serv
     assert steps(found) == [0, 1] and found["status"] == "FINISHED" and found["tags"]["fold"] == "0"
 
 
-def test_a_server_that_is_emptied_meanwhile_gets_what_comes_after(server):
+def test_a_deleted_run_stays_deleted_until_its_training_goes_on(server):
     tracker = Tracker("base", uri="http://lab")
     run = tracker.run("run", name="run")
-    server_runs = MlflowClient(f"sqlite:///{Path('server.db').absolute()}")
-    server_runs.delete_run(server_runs.search_runs(["1"])[0].info.run_id)  # refuses figures from now on
+    runs = MlflowClient(f"sqlite:///{Path('server.db').absolute()}")
+    runs.delete_run(runs.search_runs(["1"])[0].info.run_id)  # refuses figures from now on
     tracker.metrics(run, {"loss": 1.0}, step=0)
     tracker.close()
     (kept,) = Path("mlflow/jobs").glob("*.db")
     assert steps(contents(kept)["base", "run"]) == [0]
     sync([kept], "http://lab")
-    assert contents() == {}  # deleted on purpose: not made again
+    assert contents() == {}
+    tracker.metrics(run, {"loss": 0.5}, step=1)
+    assert steps(contents()["base", "run"]) == [1]
+    sync([kept], "http://lab")
+    assert steps(contents()["base", "run"]) == [0, 1]
 
 
 def job(number: int, monkeypatch, *, array: int | None = None) -> Path:
@@ -239,18 +243,19 @@ def test_a_run_that_went_on_sends_what_is_new(monkeypatch, capsys):
 
 
 def test_what_differs_is_the_later_ones(monkeypatch):
-    """Two jobs record one run, the first is merged last; its figures come, its outcome does not."""
+    """Two jobs record one run: in any order, both figures come and the later outcome stays; the job that made it is named."""
     files = []
     for number, outcome in enumerate(("none", "components")):
         files.append(job(number, monkeypatch))
         tracker = Tracker("base")
         tracker.record(tracker.run("run", name="run"), {"evaluate.postprocess": outcome}, {"dice": number})
         time.sleep(0.002)
-    for file in reversed(files):
-        sync([file], "sqlite:///server.db")
-        (found,) = contents().values()
+    for target, order, maker in (("server.db", (1, 0), "1"), ("other.db", (0, 1), "0")):
+        for number in order:
+            sync([files[number]], f"sqlite:///{target}")
+        (found,) = contents(target).values()
         assert found["tags"]["evaluate.postprocess"] == "components" and found["end"] == contents(files[1])["base", "run"]["end"]
-    assert [value for *_, value in found["metrics"]["dice"]] == [0, 1] and found["tags"]["slurm_job"] == "1"
+        assert [value for *_, value in found["metrics"]["dice"]] == [0, 1] and found["tags"]["slurm_job"] == maker
 
 
 def test_files_may_be_merged_at_another_place(monkeypatch, tmp_path):

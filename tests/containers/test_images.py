@@ -149,8 +149,8 @@ def test_all_weights_and_networks_can_be_used_in_it(engine, image, scans):
     listed = engine.use(image, "lodbrain", "weights", "list", "--json")
     assert json.loads(listed)[0]["name"] == "lod7-rendered"
     assert "lod_brain" in engine.use(image, "lodbrain", "networks")
-    built = engine.use(image, "python", "-c", "from lod_model import networks; print(networks.build('monai:BasicUNet', {'classes': 3}).config.classes)")
-    assert built == "3"
+    monai = "from lod_model import networks; print(networks.build('monai:BasicUNet', {'classes': 3}).config.classes)"
+    assert engine.use(image, "python", "-c", monai) == "3"
     assert engine.use(image, "python", "-c", "import SimpleITK, h5py, safetensors; print('yes')") == "yes"  # N4; the authors' and exported weights
 
 
@@ -168,12 +168,14 @@ def test_apptainers_recipe_makes_the_same(engine, image, scans):
         source, target = line.split()
         engine("copy", "--quiet", container, source, target)
     post = "set -e\n" + "\n".join(section(definition, "post"))
-    engine("run", "--isolation", "chroot", "--volume", f"{engine.wheels}:/wheels:ro", "--env", "TORCH_WHEELS=/wheels", container, "--", "sh", "-c", post)
+    options = ["--isolation", "chroot", "--volume", f"{engine.wheels}:/wheels:ro", "--env", "TORCH_WHEELS=/wheels"]
+    engine("run", *options, container, "--", "sh", "-c", post)
     engine("commit", "--quiet", "--rm", container, "apptainer")
     script = "\n".join(section(definition, "environment") + section(definition, "runscript"))
     (scans / "out2").mkdir()
     (scans / "out2").chmod(0o777)
-    told = engine.use("apptainer", "sh", "-c", script, "run", "segment", "/data/sub-01", "-o", "/data/out2", data=scans, environment=("PYTHONPATH=/nowhere",))
+    words = ["run", "segment", "/data/sub-01", "-o", "/data/out2"]
+    told = engine.use("apptainer", "sh", "-c", script, *words, data=scans, environment=("PYTHONPATH=/nowhere",))
     assert "_dseg.nii.gz\t" in told
     assert "source" not in engine.use("apptainer", "ls", "/").split()
     engine.use("apptainer", "sh", "-c", "\n".join(section(definition, "test")))

@@ -16,7 +16,8 @@ import pytest
 from loopback_s3 import BUCKET, s3_server
 from mlflow import MlflowClient
 from real_server import RealServer
-from small_heads import CHECKOUT, add_subject, run
+from small_heads import CHECKOUT, add_subject
+from small_heads import run as run_stage
 
 from data_registry.errors import InputError
 from data_registry.params import load_params
@@ -179,7 +180,7 @@ def trained(server, tmp_path_factory) -> Path:
         for subject in range(4):
             add_subject(folder / "roots" / name, f"{subject:02d}", seed=10 * number + subject)
     for stage in ("index", "harmonise", "split"):
-        done = run(folder, f"pipelines.{stage}")
+        done = run_stage(folder, f"pipelines.{stage}")
         assert done.returncode == 0, done.stderr
     calls, logged = [], Tracker.metrics
 
