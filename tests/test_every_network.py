@@ -120,9 +120,9 @@ def test_each_segments_by_the_same_command(trained, monkeypatch, tmp_path, netwo
 
 def test_a_scan_without_a_protocol_trains_the_other_tails(project, monkeypatch, tmp_path):
     """With the labels of one tool alone, the other tail stays as it was made."""
+    from lod_model import networks
     from lod_model.crops import CropDataset
     from lod_model.module import CropModule
-    from lod_model import networks
 
     monkeypatch.chdir(project)
     params = load_params()
