@@ -54,7 +54,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     tags = tracking_tags() | {"network": network}
     parent = tracker.run(run_key(run, identity), name=run, tags=tags)
-    tracker.params(parent, _flat(params))
+    tracker.params(parent, {"network": network, **_flat(params)})
     epochs = sum(getattr(params.train, level).epochs for level in ("coarse", "fine") if _grown(network, level, None, params) is not None)
     columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -63,12 +63,8 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            try:
+            with tracker.underway(parent), tracker.underway(child, machine=True):
                 _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
-            except BaseException:
-                tracker.finish(child, failed=True)
-                tracker.finish(parent, failed=True)
-                raise
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
 
