@@ -56,6 +56,8 @@ class Harmonise(Section):
     """How label maps reach a coarser grid."""
     block_protocols: tuple[str, ...] = ("lod7",)
     """Protocols whose classes are stored beside the source ids, and their counts for each block, for the coarse stage."""
+    class_protocols: Annotated[tuple[str, ...], LeftOutIf(())] = ()
+    """Protocols whose classes alone are stored: quicker to read than source ids that must be looked up, and no counts of many classes."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")
@@ -64,7 +66,12 @@ class Harmonise(Section):
         conform.parse_grid(value)
         return value
 
-    @field_validator("block_protocols")
+    @property
+    def stored_protocols(self) -> tuple[str, ...]:
+        """All whose classes are stored."""
+        return tuple(dict.fromkeys(self.block_protocols + self.class_protocols))
+
+    @field_validator("block_protocols", "class_protocols")
     @classmethod
     def _protocols_are_known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:

@@ -6,7 +6,7 @@ part of a loss or a score.
 
 The first line of a table says what it is, ``# what; key value; …``: ``version``; ``sources``; ``before``, a step of
 :mod:`data_registry.fastsurfer_labels` that a label map goes through before the table; ``sagittal``, the protocol whose classes (and their
-order) a sagittal view of this one has.
+order) a sagittal view of this one has; ``writes``, whether label maps hold classes (the rule) or ids.
 """
 
 import csv
@@ -51,6 +51,8 @@ class Protocol:
     """The step that a label map goes through first; empty: none."""
     sagittal: str = ""
     """The protocol of the sagittal view, where its order is not the order here; see :func:`sagittal_classes`."""
+    output: str = "classes"
+    """What a written label map holds: the classes, or the ``ids`` that stand for them, as the tool writes them whose labels they are."""
 
     @property
     def classes(self) -> int:
@@ -61,6 +63,16 @@ class Protocol:
     def foreground(self) -> tuple[str, ...]:
         """Class names without the background."""
         return self.class_names[1:]
+
+    @property
+    def written(self) -> np.ndarray:
+        """(classes,) the value of each class in a label map that is written for others.
+
+        >>> load("lod7").written.tolist()[-1], load("fastsurfer95").written.tolist()[-1]
+        (6, 2035)
+        """
+        kind = np.uint8 if self.output == "classes" or max(self.ids) < 256 else np.uint16
+        return (np.arange(self.classes) if self.output == "classes" else np.array(self.ids)).astype(kind)
 
     @property
     def cortex(self) -> np.ndarray:
@@ -155,6 +167,7 @@ def load(name: str) -> Protocol:
         table=table,
         before=_noted(note, "before"),
         sagittal=_noted(note, "sagittal"),
+        output=_noted(note, "writes") or "classes",
     )
 
 

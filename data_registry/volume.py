@@ -123,7 +123,7 @@ def save_volume(path: str | os.PathLike, data: np.ndarray, affine: np.ndarray) -
     path = Path(path)
     suffix = _suffix(path)
     if suffix.startswith(".mg"):
-        image = nib.freesurfer.MGHImage(data, affine)
+        image = nib.freesurfer.MGHImage(data.astype(np.int32) if data.dtype == np.uint16 else data, affine)  # it knows no uint16
     else:
         image = nib.Nifti1Image(data, affine)
         image.header.set_xyzt_units("mm", "sec")

@@ -47,9 +47,9 @@ class Result:
     """Label maps by protocol; the first is ``labels``, and what is said of volumes and verdict is said of it."""
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the label map as one file, NIfTI or MGH by its suffix. `lodbrain segment` writes all that belongs to it."""
+        """Write the label map as one file, NIfTI or MGH by its suffix, in the values that `lodbrain segment` writes, with all that belongs to it."""
         path = Path(path)
-        save_volume(path, self.labels, self.affine)
+        save_volume(path, protocols.load(next(iter(self.maps))).written[self.labels], self.affine)
         return path
 
 

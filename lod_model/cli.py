@@ -18,6 +18,8 @@ import typer
 from data_registry.errors import InputError, run_stage
 
 if TYPE_CHECKING:
+    from torch.nn import Module
+
     from lod_model.segment import Outcome
 
 app = typer.Typer(
@@ -136,7 +138,7 @@ def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON lis
         network = known.build(name)
         rows.append({
             "name": name,
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "parameters": _parameters(network),
             "protocols": list(getattr(network.config, "protocols", protocol.names())),
             "grid": grid,
             "side": grid_side(grid),
@@ -239,13 +241,18 @@ def _facts(path: Path) -> dict:
         "protocol": found.protocol,
         "grid": found.grid,
         "preparation": asdict(found.preparation),
-        "parameters": sum(p.numel() for p in found.network.parameters()),
+        "parameters": _parameters(found.network),
         "hash": found.hash,
         "licence": found.provenance.get("licence"),
         "path": str(path),
         "config": found.network.config.to_dict(),
         "provenance": found.provenance,
     }
+
+
+def _parameters(network: "Module") -> int | dict[str, int]:
+    """How many; of a network with one for each view, by view."""
+    return network.parameter_counts() if hasattr(network, "parameter_counts") else sum(p.numel() for p in network.parameters())
 
 
 def _print_rows(rows: list[dict], columns: tuple[str, ...], *, as_json: bool) -> None:
@@ -255,8 +262,13 @@ def _print_rows(rows: list[dict], columns: tuple[str, ...], *, as_json: bool) ->
         return
     print("\t".join(columns))
     for row in rows:
-        cells = [row[column] for column in columns]
-        print("\t".join(", ".join(cell) if isinstance(cell, list) else "-" if cell is None else str(cell) for cell in cells))
+        print("\t".join(_cell(row[column]) for column in columns))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list | dict):
+        return ", ".join(value if isinstance(value, list) else (f"{key} {number}" for key, number in value.items()))
+    return "-" if value is None else str(value)
 
 
 def _new_file(path: Path) -> Path:

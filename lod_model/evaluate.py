@@ -22,7 +22,7 @@ from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import RESULTS, read_table, table_metadata, write_table
 from lod_model import metrics
 from lod_model.data import TABLES, Scan, all_folds, preparation
-from lod_model.predict import best_device, output_protocol, predict_classes
+from lod_model.predict import best_device, output_protocol, predict_classes, with_engine
 from lod_model.tracking import Tracker
 from lod_model.train import finished, fold_folder, run_key, tracking_tags, training_identity
 
@@ -146,12 +146,12 @@ def _atlases(names: list[str], params: Params, fold: int, roles: dict[str, list[
 
 
 def _network_contender(loaded, run: str, seed: int | None, fold: int, params: Params) -> Contender:
-    loaded.network.to(best_device())
+    network, _ = with_engine(loaded.network, "fast" if best_device().type == "cpu" else "plain")
 
     def classes(scan: Scan) -> dict[str, np.ndarray]:
         scan = scan.standardised(loaded.preparation.scale)
         return predict_classes(
-            loaded.network, scan.t1w(), protocols=loaded.protocols, voxel_mm=scan.voxel_mm, mean=scan.mean, deviation=scan.deviation,
+            network, scan.t1w(), protocols=loaded.protocols, voxel_mm=scan.voxel_mm, mean=scan.mean, deviation=scan.deviation,
             method=params.evaluate.postprocess, threads=params.resources.threads,
         )  # fmt: skip
 

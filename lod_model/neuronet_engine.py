@@ -28,6 +28,8 @@ class FastNeuroNet:
     ``protocols`` are those to compute, by default all.
     """
 
+    predicts = "windows"
+
     def __init__(self, network: NeuroNet, protocols: tuple[str, ...] | None = None) -> None:
         self.config: NeuroNetConfig = network.config
         self.classes = {name: network.config.protocols[name] for name in protocols or network.config.protocols}

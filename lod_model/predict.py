@@ -17,9 +17,12 @@ from lod_model import postprocess as cleaning
 from lod_model.engine import FastLODBrain, compile_network
 from lod_model.lateralise import relateralise
 from lod_model.networks.lod_brain import LODBrain
+from lod_model.networks.neuronet import NeuroNet
+from lod_model.neuronet_engine import FastNeuroNet
 from lod_model.views import segment_views
 from lod_model.windows import window_classes
 
+Network = torch.nn.Module | FastLODBrain | FastNeuroNet
 ENGINES = ("fast", "fast-bf16", "plain")
 MAX_PROBABILITY_BYTES = 2.5e9
 """Of class probabilities in float32; of more classes the likeliest is taken a slab at a time, so that `segment` stays below 6 GiB."""
@@ -27,7 +30,7 @@ _SLAB = 8
 
 
 def predict_classes(
-    network: torch.nn.Module | FastLODBrain,
+    network: Network,
     conformed: np.ndarray,
     *,
     protocols: Sequence[str],
@@ -51,7 +54,7 @@ def predict_classes(
 
 
 def predict_any(
-    network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *, protocols: Sequence[str], voxel_mm: float, **how
+    network: Network, conformed: np.ndarray, *, protocols: Sequence[str], voxel_mm: float, **how
 ) -> np.ndarray | dict[str, np.ndarray]:
     """Class probabilities (C, D, H, W) float32 where the network gives one map and they fit, else label maps by protocol, not cleaned."""
     kind = getattr(network, "predicts", "whole")
@@ -76,7 +79,7 @@ def with_sides(name: str, labels: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def predict(
-    network: torch.nn.Module | FastLODBrain,
+    network: Network,
     conformed: np.ndarray,
     *,
     mean: float | None = None,
@@ -104,7 +107,7 @@ def predict(
         return logits[0, :, :d, :h, :w].contiguous().cpu().numpy()  # (C, D, H, W)
 
 
-def _slabwise(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, *, mean=None, deviation=None, threads: int | None = None) -> np.ndarray:
+def _slabwise(network: Network, conformed: np.ndarray, *, mean=None, deviation=None, threads: int | None = None) -> np.ndarray:
     """The likeliest class of each voxel, (D, H, W) uint8; of the logits a slab at a time is held, but on a GPU and for unknown networks."""
     d, h, w = conformed.shape
     with _asked(network, threads):
@@ -136,20 +139,21 @@ def _viewed(network: torch.nn.Module, conformed: np.ndarray, protocol: str, voxe
         return segment_views(inner, conformed, voxel_mm=voxel_mm, sagittal_class=sagittal, dtype=dtype)
 
 
-def _image(network: torch.nn.Module | FastLODBrain, conformed: np.ndarray, mean: float | None, deviation: float | None) -> torch.Tensor:
+def _image(network: Network, conformed: np.ndarray, mean: float | None, deviation: float | None) -> torch.Tensor:
     """(1, 1, D, H, W) float32, z-scored over all voxels, padded with intensity 0 to the network's multiple, where its parameters are."""
     if mean is None or deviation is None:
         mean, deviation = moments(conformed)
     if not deviation > 0:
         raise InputError(f"no contrast, every voxel of the grid is {mean:g}; a T1w image is wanted")
     side = network.config.multiple
-    device = torch.device("cpu") if isinstance(network, FastLODBrain) else next((p.device for p in network.parameters()), torch.device("cpu"))
+    parameters = network.parameters() if isinstance(network, torch.nn.Module) else ()
+    device = next((p.device for p in parameters), torch.device("cpu"))
     padded = np.pad(conformed, [(0, -n % side) for n in conformed.shape])
     return torch.tensor(padded, device=device).float().sub_(mean).div_(deviation)[None, None]
 
 
 @contextlib.contextmanager
-def _asked(network: torch.nn.Module | FastLODBrain, threads: int | None) -> Iterator[None]:
+def _asked(network: Network, threads: int | None) -> Iterator[None]:
     """A network in use: not trained, without gradients, with so many threads."""
     was_training = getattr(network, "training", False)
     if was_training:
@@ -182,10 +186,11 @@ class HalfPrecision(torch.nn.Module):
 
 def with_engine(
     network: torch.nn.Module, engine: str, *, device: torch.device | None = None
-) -> tuple[torch.nn.Module | FastLODBrain, dict[str, str]]:
+) -> tuple[Network, dict[str, str]]:
     """The network for ``predict`` as the engine computes it, on the best device or ``device``, and what a sidecar says of it.
 
-    - ``fast``: on a CPU, LOD-Brain rewritten exactly by :mod:`lod_model.engine`; on a GPU, the network as written in float16.
+    - ``fast``: on a CPU, LOD-Brain rewritten exactly by :mod:`lod_model.engine`, and NeuroNet by :mod:`lod_model.neuronet_engine`; on a GPU,
+      the network as written in float16.
     - ``fast-bf16``: the same in bfloat16. One voxel in some thousands gets another class.
     - ``plain``: the network as written, in float32.
 
@@ -202,6 +207,8 @@ def with_engine(
     said = {"engine": engine, "engine_dtype": str(dtype).removeprefix("torch."), "engine_device": device.type}
     if engine != "plain" and device.type == "cpu" and isinstance(network, LODBrain):
         return compile_network(network, dtype=dtype), said
+    if engine == "fast" and device.type == "cpu" and isinstance(network, NeuroNet):
+        return FastNeuroNet(network), said
     network.to(device)
     return (network if dtype is torch.float32 else HalfPrecision(network, dtype)), said
 

@@ -113,7 +113,7 @@ def usable_weights(path: str | os.PathLike) -> weight_files.Weights:
     parse_grid(loaded.grid)
     wanted = {name: protocols.load(name).classes for name in loaded.protocols}
     config = loaded.network.config
-    came = getattr(config, "protocols", {loaded.protocols[0]: config.classes})
+    came = config.protocols if hasattr(config, "protocols") else {loaded.protocols[0]: config.classes}
     if dict(came) != wanted:
         numbers = ", ".join(f"{number} of {name}" for name, number in wanted.items())
         raise InputError(f"{path}: the network has {', '.join(map(str, came.values()))} classes; {numbers} are wanted for its protocol")

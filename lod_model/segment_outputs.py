@@ -106,7 +106,7 @@ def write_outputs(front: Path, scan: Volume, classes: np.ndarray, *, protocol: P
     """Write all but the sidecar of ``classes`` (I, J, K) on the scan's own grid; each output's SHA-256 by its name."""
     from lod_model.overlay import write_overlay  # matplotlib: its import passes while the network computes
 
-    save_volume(output_file(front, "dseg.nii.gz"), classes, scan.affine)
+    save_volume(output_file(front, "dseg.nii.gz"), protocol.written[classes], scan.affine)
     _write_text(output_file(front, "dseg.tsv"), _label_table(protocol))
     _write_text(output_file(front, "lut.txt"), _colour_table(protocol))
     _write_text(output_file(front, "volumes.tsv"), _volume_table(protocol, volumes))
@@ -137,18 +137,18 @@ def _write_text(path: Path, content: str) -> None:
 
 def _label_table(protocol: Protocol) -> str:
     """BIDS' table of a discrete segmentation."""
-    rows = zip(protocol.class_names, protocol.colours, strict=True)
-    lines = [f"{index}\t{name}\t#{r:02x}{g:02x}{b:02x}" for index, (name, (r, g, b)) in enumerate(rows)]
+    rows = zip(protocol.written, protocol.class_names, protocol.colours, strict=True)
+    lines = [f"{index}\t{name}\t#{r:02x}{g:02x}{b:02x}" for index, name, (r, g, b) in rows]
     return "\n".join(["index\tname\tcolor", *lines]) + "\n"
 
 
 def _colour_table(protocol: Protocol) -> str:
     """FreeSurfer's look-up table: index, name without spaces, R, G, B, A."""
-    rows = zip(protocol.class_names, protocol.colours, strict=True)
-    lines = [f"{index:<5d} {name.replace(' ', '-'):<32s} {r:3d} {g:3d} {b:3d} 0" for index, (name, (r, g, b)) in enumerate(rows)]
+    rows = zip(protocol.written, protocol.class_names, protocol.colours, strict=True)
+    lines = [f"{index:<5d} {name.replace(' ', '-'):<32s} {r:3d} {g:3d} {b:3d} 0" for index, name, (r, g, b) in rows]
     return "\n".join([f"# {protocol.name} version {protocol.version}: index, name, R, G, B, A", *lines]) + "\n"
 
 
 def _volume_table(protocol: Protocol, volumes: dict[str, float]) -> str:
-    lines = [f"{index}\t{name}\t{volumes[name]:.3f}" for index, name in enumerate(protocol.class_names) if index]
+    lines = [f"{protocol.written[index]}\t{name}\t{volumes[name]:.3f}" for index, name in enumerate(protocol.class_names) if index]
     return "\n".join(["index\tname\tvolume_ml", *lines]) + "\n"

@@ -7,11 +7,12 @@ give their classes away. So the sums of all classes stand for ``side`` slices at
 A network that gives its logits a few slices at a time, as :class:`lod_model.neuronet_engine.FastNeuroNet` does, needs sums for ``SLICES``
 slices alone, and what it keeps of the windows that are begun.
 
-What could be computed once for all windows, exactly: within a window, what no zero padding of its faces has reached. For NeuroNet that reaches
-1 voxel deep on the stem, 1 to 4 of 64 on the first scale, 3 to 6 of 32 on the second, 4 to 7 of 16 on the third; a window at the volume's end
-keeps more. At 256³, with 27 windows, computing that once and the rims again would do the encoder in 1/1.5 (stem and first scale) to 1/1.7
-(two scales) of its multiply-accumulates, if rims ran as fast as cubes. The encoder being 2/5 of :class:`FastNeuroNet`'s time, that is 1.2
-times as fast at best; so it is left. Softmax comes before the average: of the tails nothing can be shared.
+What could be computed once for all windows, exactly, and is not: what no zero padding of a window's faces has reached. In NeuroNet it reaches
+1 voxel on the stem, 1 to 4 of 64 on the first scale, 3 to 6 of 32 on the second, 4 to 7 of 16 on the third; at the volume's own faces it is no
+difference. At 256³ in 27 windows, with every layer's rim computed again and no more, the encoder would take 1/1.5 (stem and first scale) to
+1/1.7 (two scales) of its multiply-accumulates. A rim needs what lies behind it, though: with a slab of 16 voxels behind each face 1/1.1. The
+encoder being a quarter of :class:`FastNeuroNet`'s time for the five protocols and three quarters for one, that makes it less than 1.1 times as
+fast. Of the tails nothing can be shared: the softmax comes before the average.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def window_classes(
             out = labels[name][first : first + len(probability)]
             _, height, width = out.shape
             out[...] = probability.argmax(-1)[: len(out), :height, :width].cpu().numpy()
-    return labels[None] if None in labels else labels
+    return labels.get(None, labels)
 
 
 @torch.inference_mode()
@@ -112,7 +113,7 @@ def window_probabilities(
             _, slices, height, width = out.shape
             mean = probability.permute(3, 0, 1, 2).cpu().numpy() / covering[first : first + len(probability)]
             out[...] = mean[:, :slices, :height, :width]
-    return result[None] if None in result else result
+    return result.get(None, result)
 
 
 Sums = dict[str | None, Tensor]

@@ -88,7 +88,7 @@ def plan_shards(scans: list[dict], settings: Harmonise) -> list[dict]:
     for scan in sorted(scans, key=lambda row: row["scan_id"]):
         part = shards.shard_of(scan["subject"], settings.shards_per_site)
         members[shards.shard_name(settings.grid, scan["database"], scan["site"], part)].append(scan)
-    tables = {name: protocol.load(name).version for name in settings.block_protocols}
+    tables = {name: protocol.load(name).version for name in settings.stored_protocols}
     plan = []
     for name, rows in sorted(members.items()):
         files = [[row["scan_id"], row["t1w_sha256"], [[label["source"], label["sha256"]] for label in row["labels"]]] for row in rows]
@@ -142,7 +142,7 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     edge = conform.parse_grid(settings.grid)
     side = 320 if np.isnan(edge) else conform.FIELD_OF_VIEW_MM / edge
     levels = sum(factor**-3 for factor in shards.FACTORS)
-    classes = sum(1 + protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
+    classes = len(settings.stored_protocols) + sum(protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
     stored = levels + 2 * max(len(scan["labels"]) for scan in scans) + classes
     return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
 
@@ -191,9 +191,10 @@ def _rows(item: dict, roots: dict[str, str], settings: Harmonise, journal: str, 
 def _columns(scans: list[dict], settings: Harmonise) -> list[str]:
     """All that the rows of a shard may have; a scan without a label map has none in its columns."""
     sources = {label["source"] for scan in scans for label in scan["labels"]}
-    counted = [name for name in settings.block_protocols if sources & set(protocol.load(name).sources)]
+    stored = [name for name in settings.stored_protocols if sources & set(protocol.load(name).sources)]
+    counted = [name for name in stored if name in settings.block_protocols]
     names = [f"t1w_x{factor}" for factor in shards.FACTORS] + [f"{source}_x1" for source in sources]
-    names += [f"{name}_classes_x1" for name in counted] + [f"{name}_x{factor}" for name in counted for factor in shards.BLOCK_FACTORS]
+    names += [f"{name}_classes_x1" for name in stored] + [f"{name}_x{factor}" for name in counted for factor in shards.BLOCK_FACTORS]
     return sorted(names)
 
 
@@ -207,7 +208,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
     warnings, coarse_mm = list(conformed.warnings), []
-    needed = {source for name in settings.block_protocols for source in protocol.load(name).sources}
+    needed = {source for name in settings.stored_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
         try:
             labels = load_labels(root / label["path"])
@@ -222,7 +223,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
             coarse_mm.append(edge)
             warnings.append(f"{label['source']}: labels of {edge:.3g} mm voxels on a grid of {placement.voxel_mm:.3g} mm, no truth at its resolution")
     volumes = []
-    for name in settings.block_protocols:
+    for name in settings.stored_protocols:
         table = protocol.load(name)
         source = next((source for source in table.sources if f"{source}_x1" in arrays), None)
         if source is None:
@@ -230,6 +231,8 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         path = next(label["path"] for label in scan["labels"] if label["source"] == source)
         classes = shards.classes_of(arrays[f"{source}_x1"], table, where=str(root / path))
         arrays[f"{name}_classes_x1"] = classes
+        if name not in settings.block_protocols:
+            continue
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]

@@ -45,6 +45,9 @@ def refused(*words: object) -> str:
 def test_networks_as_a_list_of_objects():
     rows = {row["name"]: row for row in json_of("networks", "--json")}
     assert list(rows) == ["fastsurfer_cnn", "fastsurfer_vinn", "lod_brain", "neuronet", "unet"]
+    assert rows["fastsurfer_cnn"]["parameters"] == {"axial": 1799206, "coronal": 1799206, "sagittal": 1797386}
+    assert rows["fastsurfer_vinn"]["parameters"] == {"axial": 1854632, "coronal": 1854632, "sagittal": 1852616}
+    assert (rows["fastsurfer_vinn"]["multiple"], rows["fastsurfer_vinn"]["stages"]) == (16, ["fine"])
     ours, plain, tails = rows["lod_brain"], rows["unet"], rows["neuronet"]
     assert ours["parameters"] == 337719 and {"lod7", "malp_em"} < set(ours["protocols"]) == set(plain["protocols"])
     assert tails["parameters"] == 2493171 and tails["protocols"] == ["fsl_fast", "fsl_first", "spm_tissue", "malp_em", "malp_em_tissue"]
@@ -52,8 +55,8 @@ def test_networks_as_a_list_of_objects():
     assert (ours["stages"], plain["stages"]) == (["coarse", "fine"], ["fine"])
     assert abs(plain["gmac"] / ours["gmac"] - 1) < 0.05
     header, *lines = lodbrain("networks").stdout.splitlines()
-    assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].startswith("lod_brain\t337719\tfsl_fast, fsl_first, lod7, ")
-    assert lines[0].endswith("\t1mm\t256\t1190.2\t8\tcoarse, fine")
+    assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].split("\t")[1] == "axial 1799206, coronal 1799206, sagittal 1797386"
+    assert lines[2].startswith("lod_brain\t337719\tfastsurfer51, ") and lines[2].endswith("\t1mm\t256\t1190.2\t8\tcoarse, fine")
 
 
 def test_list_shows_what_is_packaged_the_default_first(models):

@@ -134,6 +134,17 @@ def test_training_moves_every_parameter():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+def test_half_precision_comes_near_and_trains():
+    network, x = NeuroNet(SMALL).eval(), noise(1, 1, 8, 8, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = network(x)
+        sum(logits.float().square().mean() for logits in half.values()).backward()
+    for name, logits in network(x).items():
+        assert half[name].dtype is torch.bfloat16
+        torch.testing.assert_close(half[name].float(), logits, atol=0.05 * logits.std().item(), rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
 def test_configuration_as_a_dict_and_back():
     network = networks.build("neuronet", {"protocols": {"lod7": 7}, "filters": [2, 4], "units": 1})
     assert network.config.to_dict() == {

@@ -9,7 +9,7 @@ from small_networks import noise
 from torch import nn
 
 from data_registry.errors import InputError
-from lod_model import neuronet_engine, windows
+from lod_model import engine_kernels, neuronet_engine, windows
 from lod_model.networks.neuronet import NeuroNet, NeuroNetConfig
 from lod_model.neuronet_engine import FastNeuroNet
 from lod_model.windows import window_classes, window_probabilities
@@ -139,8 +139,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_rewrite_gives_the_networks_logits(name):
+@pytest.mark.parametrize(("name", "fused"), [*((name, True) for name in CONFIGS), ("small", False)])
+def test_the_rewrite_gives_the_networks_logits(name, fused, monkeypatch):
+    if not fused:   # as on a GPU
+        monkeypatch.setattr(engine_kernels, "_FUSED", False)
     network, x = network_of(CONFIGS[name]), noise(1, 1, 16, 8, 24)
     with torch.inference_mode():
         logits, window = network(x), FastNeuroNet(network).window(x)
@@ -185,7 +187,7 @@ def test_sums_stand_for_a_windows_slices_and_features_for_two_rows_of_windows(mo
     assert len(alive) == 20 and alive[0] == 2 and max(alive) == 4
 
 
-def test_a_networks_mode_and_moments_stay_and_dropout_is_off():
+def test_a_networks_mode_and_moments_stay():
     network = network_of().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
     window_classes(network, noise(1, 1, 8, 8, 12), side=8, stride=4)

@@ -6,7 +6,7 @@ NeuroImage 219:117012, 2020; the blocks are those of Estrada et al., "FatSegNet"
 What is elsewhere concatenated here competes: the element-wise maximum (maxout) of two feature maps goes on, within a block and where a skip
 comes in. Pooling hands its indices to the unpooling opposite, which puts each value back where it was the largest.
 
-Where gradients are not wanted, norm, maxout and activation overwrite what nobody reads again: the same values with less memory traffic. The
+On a CPU, where gradients are not wanted, norm, maxout and activation overwrite what nobody reads again: the same values from fewer pages. The
 norm does not go into the convolution's kernel: the 2 to 3 % of time are not worth other roundings, by which equal values cease to be equal,
 max-pooling points elsewhere, and logits of flat regions move by up to 0.5.
 """
@@ -69,6 +69,10 @@ class ViewsConfig(Configuration):
         """Every side of a slice, in pixels, must be a multiple of this."""
         return 2**self.depth
 
+    def scale(self, voxel_mm: float) -> float:
+        """What the networks are told of an image's voxel size; here nothing."""
+        return 1.0
+
     def classes_of(self, view: str) -> int:
         """Output channels of the network of a view."""
         return self.sagittal_classes if view == "sagittal" else self.classes
@@ -116,15 +120,15 @@ class CompetitiveBlock(nn.Module):
         return normalised(last_norm, last_conv(x))
 
     def _activated(self, best: Tensor, spent: Tensor) -> Tensor:
-        """PReLU of ``best``, which is needed again; without gradients into the memory of ``spent``."""
-        if torch.is_grad_enabled() or spent.shape != best.shape or spent.dtype != best.dtype:
+        """PReLU of ``best``, which is needed again; where memory is to be reused, in that of ``spent``."""
+        if not _reuses_memory(best) or spent.shape != best.shape or spent.dtype != best.dtype:
             return self.prelu(best)
         return F.leaky_relu_(spent.copy_(best), float(self.prelu.weight))
 
 
 def normalised(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """norm(x); where neither gradients nor batch statistics are wanted it overwrites x."""
-    if norm.training or torch.is_grad_enabled():
+    """norm(x), which may overwrite x."""
+    if norm.training or not _reuses_memory(x):
         return norm(x)
     moments = dict.fromkeys(("save_mean", "save_invstd"), norm.weight.new_empty(0))    # of the batch: none are taken
     affine = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
@@ -133,12 +137,17 @@ def normalised(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def maxout(fresh: Tensor, other: Tensor) -> Tensor:
-    """The element-wise maximum; without gradients it overwrites ``fresh``. Equal values share a gradient.
+    """The element-wise maximum, which may overwrite ``fresh``. Equal values share a gradient.
 
     >>> maxout(torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0]))
     tensor([1., 3.])
     """
-    return torch.maximum(fresh, other, out=None if torch.is_grad_enabled() else fresh)
+    return torch.maximum(fresh, other, out=fresh if _reuses_memory(fresh) else None)
+
+
+def _reuses_memory(x: Tensor) -> bool:
+    """Without gradients on a CPU, where the pages of fresh memory cost more than what is done in them."""
+    return not torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 class CompetitiveUNet(nn.Module):
@@ -255,6 +264,9 @@ def _our_name(public: str, depth: int) -> str:
     blocks = {"inp_block": "native", "outp_block": "output", "bottleneck": "unet.bottom"}
     blocks |= {f"encode{i + 1}": f"unet.encoder.{i}" for i in range(depth)}
     blocks |= {f"decode{depth - i}": f"unet.decoder.{i}" for i in range(depth)}
-    kind, number = re.fullmatch(r"([a-z]+)(\d*)", layer).groups()              # gn is a batch norm too
-    layers = {"conv": f"convs.{number}", "prelu": "prelu"} | dict.fromkeys(("bn", "gn"), f"norms.{int(number or 0) - 1}" if number != "0" else "entry_norm")
-    return f"{blocks[module]}.{layers[kind]}.{tensor}"
+    kind, number = re.fullmatch(r"([a-z]+)(\d*)", layer).groups()
+    if kind in ("bn", "gn"):                                                   # gn is a batch norm too
+        layer = "entry_norm" if number == "0" else f"norms.{int(number) - 1}"
+    elif kind == "conv":
+        layer = f"convs.{number}"
+    return f"{blocks[module]}.{layer}.{tensor}"

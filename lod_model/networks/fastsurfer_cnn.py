@@ -45,6 +45,7 @@ class FastSurferCNNConfig(ViewsConfig):
 class FastSurferCNNView(nn.Module):
     """The network of one view.
 
+    >>> import torch
     >>> net = FastSurferCNNView(FastSurferCNNConfig(filters=4), 5).eval()
     >>> net(torch.zeros(2, 7, 32, 16)).shape
     torch.Size([2, 5, 32, 16])

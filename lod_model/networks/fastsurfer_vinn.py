@@ -77,6 +77,14 @@ class FastSurferVINNConfig(ViewsConfig):
         if not is_integer(self.inner_size, 1) or self.inner_size % self.multiple:
             raise ValueError(f"inner_size: {self.inner_size!r}, wanted a positive multiple of {self.multiple} (2**depth)")
 
+    def scale(self, voxel_mm: float) -> float:
+        """The zoom's scale for an image of this voxel size, without noise.
+
+        >>> FastSurferVINNConfig().scale(0.8)
+        1.25
+        """
+        return self.base_mm / voxel_mm
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Zoom
@@ -144,7 +152,7 @@ class FastSurferVINNView(nn.Module):
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         """x (B, slices, H, W), intensities 0 … 1 → logits (B, classes, H, W).
 
-        scale (B,), or (B, 2) for H and W: ``config.base_mm`` / voxel size, and noise if so wanted; best on the CPU. It stays as it is.
+        scale (B,), or (B, 2) for H and W: ``config.scale(voxel_mm)``, and noise if so wanted; best on the CPU. It stays as it is.
         ValueError where x has another number of slices, a side is no multiple of ``config.multiple``, or a scale leaves nothing to see.
         """
         check_slices(x, self.config)

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from data_registry.errors import InputError
 from data_registry.protocol import Protocol
-from lod_model.networks.conventions import check_image, convolutions, is_integer
+from lod_model.networks.conventions import check_image, convolutions, convolve, is_integer
 from lod_model.networks.recipe import Recipe
 
 RECIPE = Recipe(
@@ -168,8 +168,8 @@ class Unit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activate = ACTIVATIONS[self.activation]
-        y = self.first(activate(self.first_norm(x), inplace=True))
-        y = self.second(activate(self.second_norm(y), inplace=True))
+        y = convolve(self.first, activate(self.first_norm(x), inplace=True))
+        y = convolve(self.second, activate(self.second_norm(y), inplace=True))
         return y + self.shortcut(x)
 
     def shortcut(self, x: Tensor) -> Tensor:
