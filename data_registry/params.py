@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_registry import conform, protocol
 from data_registry.errors import InputError
 from data_registry.intensity import Intensity
-
-
-class Section(BaseModel):
-    """Settings: frozen, an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from data_registry.jobs import Count, Section, Slurm
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -32,7 +26,6 @@ def LeftOutIf(default: object) -> object:
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Index(Section):
@@ -212,51 +205,6 @@ class Evaluate(Section):
     """As in `lodbrain segment`, so that what is measured is what ships."""
     reference_weights: tuple[str, ...] = ()
     """Weight files scored beside the trained folds, e.g. imported ones. The stage's key sees the names: give other weights another name."""
-
-
-class Job(Section):
-    """What a job asks SLURM for."""
-
-    hours: Annotated[float, Field(gt=0)] = 24
-    """Of wall time. A training that meets its end is requeued and goes on."""
-    nodes: Count = 1
-    tasks_per_node: Count = 1
-    """Processes; harmonise has one a node, whatever stands here."""
-    cpus: Count = 1
-    """Of a task."""
-    mem_gb: Count | None = None
-    """Of a node; null: the partition's default."""
-    gres: str | None = None
-    """Of a node, e.g. gpu:1."""
-    partition: str | None = None
-    """null: that of all jobs."""
-
-
-class Slurm(Section):
-    """Jobs of ``python -m lod_model.launch`` and, where launcher is slurm, of the stage train."""
-
-    partition: str | None = None
-    """null: the cluster's default."""
-    account: str | None = None
-    options: tuple[str, ...] = ()
-    """More of sbatch's, e.g. --qos=long, for all jobs."""
-    setup: tuple[str, ...] = ()
-    """Lines of shell before each job's command, e.g. module load cuda. The environment of who submits comes along."""
-    at_once: Count = 16
-    """Tasks of an array that may run at a time."""
-    warning_s: Count = 120
-    """How long before its time is up a job is told to save and stop."""
-    harmonise: Job = Job(nodes=2)
-    train: Job = Job()
-    evaluate: Job = Job()
-    sync: Job = Job(hours=1)
-
-    @model_validator(mode="after")
-    def _there_is_time_to_work(self) -> "Slurm":
-        for name in ("harmonise", "train", "evaluate", "sync"):
-            if 2 * self.warning_s > 3600 * getattr(self, name).hours:
-                raise ValueError(f"{name}.hours is {getattr(self, name).hours}; at least twice warning_s, {self.warning_s} s, is wanted")
-        return self
 
 
 class Resources(Section):

@@ -99,16 +99,13 @@ def Stopping(order, path: Path):
                     if config.reduce_on_plateau and config.monitor in self.figures:
                         config.scheduler.step(self.figures[config.monitor])
 
-        def on_train_batch_start(self, trainer, *_) -> None:
-            trainer.fit_loop.restarting = False  # else the schedule skips the end of an epoch that was resumed
-
         def on_train_batch_end(self, trainer, _module, _output, _batch, _index) -> None:
             self.consumed = min(self.consumed + trainer.train_dataloader.batch_size * trainer.world_size, len(order))
             if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # then validation, or the end of the epoch, comes next
                 self._stop_if_asked(trainer)
 
         def on_validation_start(self, trainer, _module) -> None:
-            trainer.fit_loop.restarting = False
+            trainer.fit_loop.restarting = False  # else the schedule leaves out an epoch that was resumed
 
         def on_validation_batch_end(self, trainer, *_) -> None:
             if not trainer.fit_loop.epoch_loop.val_loop.batch_progress.is_last_batch:
