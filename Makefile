@@ -1,4 +1,4 @@
-# make demo | test | test-full | test-ray | lint | install. TORCH=cuda installs torch's CUDA build; DATA=folder runs the demo on your BIDS databases.
+# make demo | test | test-full | test-ray | test-slurm | lint | install. TORCH=cuda installs torch's CUDA build; DATA=folder runs the demo on your BIDS databases.
 VENV ?= .venv
 TORCH ?= cpu
 DATA ?=
@@ -7,7 +7,7 @@ RUN = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 export DVC_NO_ANALYTICS = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: install demo test test-full test-ray lint
+.PHONY: install demo test test-full test-ray test-slurm lint
 install: $(MARK)
 
 $(MARK): requirements.lock pyproject.toml infra/install.sh
@@ -21,10 +21,14 @@ test: install  ## the fast suite
 	@$(RUN) python -m pytest
 
 test-full: install  ## also what needs the full network at 256 cubed, or minutes of training
-	@$(RUN) python -m pytest -m 'not ray'
+	@$(RUN) python -m pytest -m 'not ray and not slurm'
 
 test-ray: install  ## harmonise on a real Ray cluster of this machine: a job, DVC, deaths of a node, of the driver, of a scan's workers
 	@$(RUN) python -m pytest -m ray tests/ray
+
+test-slurm: install  ## the launchers on a real SLURM of this machine; as root, installs it from Debian's or Ubuntu's packages where it is missing
+	@infra/slurm/test-cluster.sh install
+	@$(RUN) python -m pytest -m slurm tests/slurm
 
 lint: install
 	@$(RUN) ruff check .

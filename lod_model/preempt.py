@@ -45,9 +45,16 @@ def listening() -> Iterator[None]:
 
 
 def deaf(_worker: int) -> None:
-    """For a loader's workers, who get the signals of the whole job: that process ends them which they read for."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    """For a loader's workers, who get the signals of the whole job: the process that they read for ends them, nobody else."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def plugins() -> list:

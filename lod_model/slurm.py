@@ -200,4 +200,5 @@ def _ask(*command: str) -> subprocess.CompletedProcess:
 
 
 def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["no answer"])[-1]
+    """The last line, without the command's name before it."""
+    return (text.strip().splitlines() or ["no answer"])[-1].rpartition("error: ")[2]

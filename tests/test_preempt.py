@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -157,16 +158,28 @@ def test_a_checkpoint_stands_until_the_next_is_whole(tmp_path, whole, monkeypatc
 
 
 def test_readers_do_not_hear(tmp_path):
-    """SLURM signals every process of a job."""
+    """SLURM signals every process of a job; those that read end with the one they read for."""
 
     class Signals(Line):
         def _tick(self):
             if self.passed == 1:
-                for child in torch.multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGUSR1)
-                    os.kill(child.pid, signal.SIGTERM)
+                children = [str(child.pid) for child in torch.multiprocessing.active_children()]
+                subprocess.run(["kill", "-USR1", *children], check=True)
+                subprocess.run(["kill", "-TERM", *children], check=True)
             self.passed += 1
 
+    class Fails(Line):
+        def training_step(self, batch, index):
+            readers.extend(torch.multiprocessing.active_children())
+            raise ArithmeticError
+
+    readers = []
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path, Fails(), workers=1)
+    for reader in readers:
+        reader.terminate()  # as Python does when it ends
+        reader.join(60)
+    assert readers and not any(reader.is_alive() for reader in readers)
     assert fit(tmp_path, Signals(), workers=1).passed == EPOCHS * (BATCHES + VAL_BATCHES)
 
 

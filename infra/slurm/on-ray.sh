@@ -30,7 +30,8 @@ for node in "${nodes[@]:1}"; do
 done
 on "$head" "$@"
 status=$?
-kill "${cluster[@]}" 2>/dev/null
+# Asked gently, Ray waits half a minute for work that is no more.
+squeue --steps --noheader --jobs="$SLURM_JOB_ID" --format=%i | grep -E '\.[0-9]+$' | xargs --no-run-if-empty scancel --quiet --signal=KILL 2> /dev/null
 wait
 srun --overlap --ntasks-per-node=1 rm -rf "$folder"
 exit $status

@@ -89,8 +89,10 @@ up() {
     # shellcheck disable=SC2046
     configuration $(free_ports 3) > "$SLURM_CONF"
     trap 'stop' EXIT
-    munged --key-file="$folder"/munge/key --socket="$folder"/munge/socket --pid-file="$folder"/run/munged.pid \
-        --log-file="$folder"/log/munged.log --seed-file="$folder"/munge/seed || fail "munged did not start; see $folder/log/munged.log"
+    # --force: the socket may stand where this user alone comes to; nobody else runs jobs here
+    munged --force --key-file="$folder"/munge/key --socket="$folder"/munge/socket --pid-file="$folder"/run/munged.pid \
+        --log-file="$folder"/log/munged.log --seed-file="$folder"/munge/seed 2>> "$folder"/log/munged.log ||
+        fail "munged did not start; see $folder/log/munged.log"
     slurmctld -c -i || fail "slurmctld did not start; see $folder/log/slurmctld.log"
     for node in n1 n2; do slurmd -N $node || fail "slurmd did not start; see $folder/log/slurmd.$node.log"; done
     until [ "$(sinfo --noheader --partition=batch --states=idle --format=%D 2>/dev/null)" = 2 ]; do
