@@ -36,7 +36,9 @@ def submit_stage(stage: str, params: Params, *, by_dvc: bool = False) -> dict[Pl
     """A stage that is one job: harmonise on a Ray cluster over its nodes, the others as they are."""
     job = getattr(params.resources.slurm, stage)
     command = [sys.executable, "-m", *(["dvc", "repro", "--single-item", stage] if by_dvc else MODULES[stage])]
-    line = shlex.join([str(slurm.SCRIPTS / "on-ray.sh"), *command]) if stage == "harmonise" else slurm.step(command, job)
+    line = slurm.step(command, job)
+    if stage == "harmonise":
+        job, line = job.model_copy(update={"tasks_per_node": 1}), shlex.join([str(slurm.SCRIPTS / "on-ray.sh"), *command])
     return slurm.submit(stage, [Task(stage, line)], job, params.resources.slurm)
 
 
