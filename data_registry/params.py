@@ -75,7 +75,8 @@ class Harmonise(Section):
 class Split(Section):
     """Who is held out."""
 
-    key: Literal["place", "site", "database", "manufacturer", "scanner"] = "place"
+    key: Literal["place", "site", "database", "manufacturer", "scanner", "resolution"] = "place"
+    """resolution: the smallest edge of a scan's own voxels in mm, to one decimal, e.g. "0.8"."""
     folds: Annotated[int, Field(ge=2)] = 5
     """Grouped folds, never more than there are groups; every group is held out exactly once."""
     holdout: tuple[str, ...] = ()
@@ -86,6 +87,9 @@ class Split(Section):
     """Of the people of training places, for early stopping and the choice of a checkpoint."""
     internal_share: Share = 0.25
     """Of the people of training places, unseen, for the comparison with held-out places."""
+    train_people: Annotated[Count | None, LeftOutIf(None)] = None
+    """Train on so many people alone, spread over sites, those of a smaller number among those of a larger; null: on all. What is validated
+    and tested on stays."""
     seed: int = 0
 
 
@@ -121,9 +125,10 @@ class Train(Section):
 
     protocol: str | tuple[str, ...] = "lod7"
     """Or several, for networks with an output for each; the others take the first."""
-    recipe: Annotated[Literal["shared", "own"], LeftOutIf("shared")] = "shared"
+    recipe: Annotated[str, LeftOutIf("shared")] = "shared"
     """shared: optimiser, learning rate, schedule and batch of this section for every network. own: those that its authors give, see the
-    network's file in lod_model/networks. Samples, loss and epochs are the network's, and this section's, either way."""
+    network's file in lod_model/networks. A network's name: those of that network. Samples, loss and epochs are the network's, and this
+    section's, either way."""
     seed: int = 0
     coarse: Stage = Stage(epochs=50, learning_rate=5e-4)
     fine: Stage = Stage(epochs=50, learning_rate=5e-4)
@@ -269,10 +274,15 @@ def load_settings(path: str | os.PathLike, model: type[Settings]) -> Settings:
         raise InputError(f"{path}: not UTF-8 text; a YAML file in UTF-8 is wanted") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    return checked(content or {}, model, str(path))
+
+
+def checked(content: dict, model: type[Settings], where: str) -> Settings:
+    """Settings of plain values; anything wrong is an :class:`InputError` that begins with ``where`` and names the key."""
     try:
-        return model.model_validate(content or {})
+        return model.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: " + "; ".join(_sentence(detail, model) for detail in error.errors())) from None
+        raise InputError(f"{where}: " + "; ".join(_sentence(detail, model) for detail in error.errors())) from None
 
 
 def _sentence(detail: dict, model: type[BaseModel]) -> str:
@@ -281,8 +291,12 @@ def _sentence(detail: dict, model: type[BaseModel]) -> str:
         for part in detail["loc"][:-1]:
             model = _section_of(model.model_fields[part].annotation) or model if part in model.model_fields else model
         return f"{key} is not a known key; {', '.join(model.model_fields)} are"
+    if detail["type"] == "missing":
+        return f"{key} is missing"
     reason = detail["msg"].removeprefix("Value error, ")
-    return f"{key} is {detail['input']!r}: {reason}" if detail["type"] != "missing" else f"{key} is missing"
+    if isinstance(detail["input"], dict):  # a whole section is no help to look at
+        return f"{key}: {reason}" if key else reason
+    return f"{key} is {detail['input']!r}: {reason}"
 
 
 def _section_of(annotation: object) -> type[Section] | None:

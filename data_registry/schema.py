@@ -93,7 +93,7 @@ RESULTS = pa.schema([
     _column("site", pa.string(), "as in scans"),
     _column("place", pa.string(), "as in scans"),
     _column("structure", pa.string(), "class name of the protocol"),
-    _column("metric", pa.string(), "dice, hd95, volume or reference_volume"),
+    _column("metric", pa.string(), "dice, hd95, asd (average symmetric surface distance), volume or reference_volume"),
     _column("value", pa.float64(), "null where the metric is not defined (a structure absent on one side)"),
     _column("unit", pa.string(), "1, mm or mL"),
     _column("split_hash", pa.string(), "of the frozen split"),

@@ -11,6 +11,9 @@ others, and a tied person never stands on both sides; scanner keeps a held-out g
 
 import hashlib
 from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
 
 from data_registry.errors import InputError
 from data_registry.params import Split, fingerprint
@@ -24,7 +27,7 @@ def compile_split(scans: list[dict], settings: Split) -> tuple[list[dict], list[
     """Rows of the split table for usable ``scans`` (rows of the scans table), and for each fold what a reader should know.
 
     Raises :class:`InputError` for a scan without the key, fewer than two groups, a hold-out name that is no group, or a fold with
-    nobody to train on.
+    nobody, or fewer than ``train_people``, to train on.
     """
     group_of = {scan["scan_id"]: _group(scan, settings.key) for scan in scans}
     unit_of = _tied_people(scans, settings)
@@ -39,6 +42,8 @@ def compile_split(scans: list[dict], settings: Split) -> tuple[list[dict], list[
     rows, notes = [], []
     for fold in range(folds):
         roles, reasons = _fold_roles(fold, folds, scans, group_of, unit_of, members, fold_of, settings)
+        if settings.train_people is not None:
+            reasons |= _fewer(fold, roles, scans, unit_of, settings)
         rows += [
             {
                 "fold": fold,
@@ -144,6 +149,29 @@ def _validation_units(members, fold_of, fold: int, taken: set[str], settings: Sp
     return {unit for *_, unit in sorted(queue)[:wanted]}
 
 
+def _fewer(fold: int, roles: dict[str, str], scans: list[dict], unit_of: dict[str, str], settings: Split) -> dict[str, str]:
+    """Take all but ``train_people`` out of training, in ``roles``, and say why: one person from each site in turn stays, in a fixed order."""
+    site_of: dict[str, tuple[str, str]] = {}
+    for scan in scans:
+        if roles[scan["scan_id"]] == "train":
+            site, unit = (scan["database"], scan["site"]), unit_of[scan["scan_id"]]
+            site_of[unit] = min(site_of.get(unit, site), site)
+    if len(site_of) < settings.train_people:
+        wanted = f"fold {fold} has {len(site_of)} people to train on; so many, or fewer, are wanted"
+        raise InputError(f"split.train_people is {settings.train_people}: {wanted}")
+    turns, queue = defaultdict(int), []
+    for unit in sorted(site_of, key=lambda unit: _draw(settings.seed, f"people/{unit}")):
+        site = site_of[unit]
+        queue.append((turns[site], _draw(settings.seed, f"site/{'/'.join(site)}"), unit))
+        turns[site] += 1
+    kept = {unit for *_, unit in sorted(queue)[: settings.train_people]}
+    reasons = {}
+    for scan_id, role in roles.items():
+        if role == "train" and unit_of[scan_id] not in kept:
+            roles[scan_id], reasons[scan_id] = "excluded", f"not among the {settings.train_people} people that are trained on"
+    return reasons
+
+
 def _notes(roles: dict[str, str], unit_of: dict[str, str]) -> list[str]:
     notes = []
     for role in ("train", "val", "internal_test"):
@@ -178,6 +206,16 @@ def prove(rows: list[dict], scans: list[dict], settings: Split) -> list[dict]:
             inside, outside = keys(guard, "train", "val", "internal_test"), keys(guard, "external_test")
             proof.append({"fold": fold, "guard": guard, "overlaps": len(inside & outside), "checked": len(inside | outside)})
     return proof
+
+
+def resolution(native_affine: Sequence[float]) -> str:
+    """A scan's voxel size by the rule of the grid ``min``, the smallest edge, in mm to one decimal; of a samples row's affine.
+
+    >>> resolution([0, 0, -0.75, 70, 0.7, 0, 0, -80, 0, 0.7, 0, -90, 0, 0, 0, 1])
+    '0.7'
+    """
+    edges = np.linalg.norm(np.reshape(native_affine, (4, 4))[:3, :3], axis=0)
+    return f"{edges.min():.1f}"
 
 
 def split_hash(rows: list[dict]) -> str:

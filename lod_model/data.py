@@ -80,12 +80,12 @@ class Scan:
             raise InputError(f"{where}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
-    def zscored(self, image: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    def zscored(self, image: np.ndarray, raw: np.ndarray, *, most: float = np.inf) -> np.ndarray:
         """float32, by the moments of the whole scan on the full grid. ``image`` is what augmentation has made of ``raw``, a part of the scan or
-        a level of detail: what it did to their moments, it is taken to have done to the whole's."""
+        a level of detail: what it did to their moments, it is taken to have done to the whole's, the deviation up to a factor of ``most``."""
         mean = self.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
-        deviation = self.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
-        return (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+        factor = (float(image.std(dtype=np.float64)) + 1e-6) / (float(raw.std(dtype=np.float64)) + 1e-6)
+        return (image - np.float32(mean)) / np.float32(max(self.deviation * min(max(factor, 1 / most), most), 1e-6))
 
     def has(self, protocol: protocols.Protocol) -> bool:
         """Whether it has labels that the protocol speaks of."""

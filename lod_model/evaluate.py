@@ -31,7 +31,7 @@ RESULTS_TABLE = TABLES / "results.parquet"
 CASES = TABLES / "cases"
 TEST_ROLES = ("internal_test", "external_test")
 WORST_CASES = 6
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 """Part of the table's identity; raise it when a change of code changes a score."""
 
 
@@ -168,7 +168,7 @@ def run_of(run: str, protocol: str, contender_protocols: tuple[str, ...]) -> str
 
 
 def _score(contender: Contender, role: str, scan: Scan, split_hash: str) -> list[dict]:
-    """The rows of one scan: Dice, HD95 (mm), predicted and reference volume (mL) of every structure of each protocol that it has labels of."""
+    """The rows of one scan: Dice, HD95, ASD (mm), predicted and reference volume (mL) of every structure of each protocol that it has labels of."""
     rows = []
     found = contender.predict(scan)
     for name in contender.protocols:
@@ -195,9 +195,11 @@ def _score(contender: Contender, role: str, scan: Scan, split_hash: str) -> list
 
 def _compared(reference: np.ndarray, predicted: np.ndarray, table: protocols.Protocol, voxel_mm: float) -> dict[tuple[str, str], np.ndarray]:
     """(metric, unit) → its value for each foreground class."""
+    hd95, asd = metrics.surface_distances(reference, predicted, table.classes, voxel_mm=voxel_mm)
     return {
         ("dice", "1"): metrics.dice(reference, predicted, table.classes),
-        ("hd95", "mm"): metrics.hd95(reference, predicted, table.classes, voxel_mm=(voxel_mm,) * 3),
+        ("hd95", "mm"): hd95,
+        ("asd", "mm"): asd,
         ("volume", "mL"): metrics.volumes_ml(predicted, table.classes, voxel_ml=voxel_mm**3 / 1000),
         ("reference_volume", "mL"): metrics.volumes_ml(reference, table.classes, voxel_ml=voxel_mm**3 / 1000),
     }

@@ -14,9 +14,9 @@ class Feeding:
     """Of one stage of a network's training."""
 
     def __init__(self, network: str, net: nn.Module, level: str, settings: Train) -> None:
-        self.recipe, self.net, self.level, self.settings = networks.recipe_of(network), net, level, settings
+        self.recipe, self.net, self.level, self.settings = networks.recipe_of(network, settings.recipe), net, level, settings
         self.protocols = networks.outputs(network, settings.protocols)
-        self.batch_size = self.recipe.batch_size if settings.recipe == "own" else settings.batch_size
+        self.batch_size = settings.batch_size if settings.recipe == "shared" else self.recipe.batch_size
 
     def loader(self, scans: list[Scan], *, training: bool, workers: int) -> DataLoader:
         """Batches of the scans' samples; those for validation are the same each time, and not augmented."""

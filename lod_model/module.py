@@ -47,7 +47,7 @@ class StageModule(LightningModule):
         self.log_dict({"val_loss": loss, "val_dice": dice}, on_step=False, on_epoch=True, batch_size=_size(batch))
 
     def configure_optimizers(self) -> dict:
-        if self.settings.recipe == "own":
+        if self.settings.recipe != "shared":
             optimiser = self.recipe.optimiser_for(self.network)
             schedule = self.recipe.schedule_for(optimiser, patience=self.settings.reduce_patience)
             return {"optimizer": optimiser} | ({"lr_scheduler": schedule} if schedule else {})

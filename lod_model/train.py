@@ -203,6 +203,8 @@ def _check_fits(name: str, net, params: Params) -> None:
     for key, value in settings.network.items():
         if isinstance(value, dict) and not networks.is_known(key):
             raise InputError(f"train.network.{key}: no such network; a setting, or settings below one of {', '.join(networks.names())}, is wanted")
+    if settings.recipe not in ("shared", "own") and not networks.is_known(settings.recipe):
+        raise InputError(f"train.recipe: {settings.recipe!r} is none; shared, own or one of {', '.join(networks.names())} is wanted")
     if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
         raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
     if settings.fine_patch and (not hasattr(net, "forward_window") or net.config.levels == 1):
@@ -241,7 +243,7 @@ def _fit(network: str, net, level: str, params: Params, roles: dict[str, list[Sc
         devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
         plugins=preempt.plugins(),
     )  # fmt: skip
-    recipe = networks.recipe_of(network)
+    recipe = networks.recipe_of(network, settings.recipe)
     module = MODULES[recipe.samples](net, level=level, settings=settings, recipe=recipe)
     trainer.fit(module, loaders["train"], loaders["val"] if validated else None, ckpt_path=resume if resume.is_file() else None, weights_only=True)
     chosen = best.best_model_path if validated and best.best_model_path else resume

@@ -38,7 +38,7 @@ def main() -> None:
         print(f"project: {folder}")
         return
     print(f"running `dvc repro` in {folder}", flush=True)
-    status = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=_environment(), check=False).returncode
+    status = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=stage_environment(), check=False).returncode
     if status:
         raise InputError(f"`dvc repro` in {folder} ended with status {status}; the reason stands above, finished work is kept")
     print(f"results: {folder / 'tables' / 'results.parquet'}")
@@ -73,15 +73,17 @@ def data_project(data: Path, to: Path | None = None) -> Path:
         with replacing(folder / "params.yaml") as aside:
             aside.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     if not (folder / ".dvc").is_dir():
-        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, env=_environment(), check=True)
+        subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=folder, env=stage_environment(), check=True)
         for key in ("core.analytics", "core.check_update"):
-            subprocess.run([sys.executable, "-m", "dvc", "config", key, "false"], cwd=folder, env=_environment(), check=True)
+            subprocess.run([sys.executable, "-m", "dvc", "config", key, "false"], cwd=folder, env=stage_environment(), check=True)
     return folder
 
 
-def _environment() -> dict[str, str]:
-    """This environment with this interpreter first on the PATH, since the stages call ``python``."""
-    return os.environ | {"DVC_NO_ANALYTICS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+def stage_environment() -> dict[str, str]:
+    """This environment with this interpreter first on the PATH, since the stages call ``python``, and the checkout first among modules."""
+    modules = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | {"DVC_NO_ANALYTICS": "1", "PYTHONPATH": modules, "PATH": commands}
 
 
 if __name__ == "__main__":

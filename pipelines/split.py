@@ -25,7 +25,8 @@ def main() -> None:
     samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok"]
     asked = " or ".join(params.train.protocols)
     wanted = list(dict.fromkeys(source for name in params.train.protocols for source in protocol.load(name).sources))
-    usable = [scans[row["scan_id"]] for row in samples if set(row["label_sources"]) & set(wanted)]
+    labelled = [row for row in samples if set(row["label_sources"]) & set(wanted)]
+    usable = [scans[row["scan_id"]] | {"resolution": split.resolution(row["native_affine"])} for row in labelled]
     unlabelled = [row for row in samples if not set(row["label_sources"]) & set(wanted)]
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")

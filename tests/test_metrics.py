@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_registry.protocol import IGNORED
-from lod_model.metrics import dice, hd95, majority_atlas, volumes_ml, without_ignored
+from lod_model.metrics import dice, hd95, majority_atlas, surface_distances, volumes_ml, without_ignored
 
 
 def cube(start: tuple[int, int, int], size: int, *, side: int = 12, label: int = 1) -> np.ndarray:
@@ -54,6 +54,19 @@ def test_hd95_is_symmetric_and_takes_the_worse_direction():
     forth, back = hd95(reference, predicted, 2, voxel_mm=1.0), hd95(predicted, reference, 2, voxel_mm=1.0)
     assert forth == back
     assert forth[0] > 5
+
+
+def test_average_distance_of_a_shifted_cube():
+    # Of each surface's 56 voxels 20 are one voxel from the other surface: the 16 of the outer face, the 4 inner ones of the face opposite
+    far, average = surface_distances(cube((2, 2, 2), 4), cube((3, 2, 2), 4), 2, voxel_mm=1.0)
+    assert far.tolist() == [1.0] and average.tolist() == [pytest.approx(40 / 112)]
+
+
+def test_average_distance_is_over_the_voxels_of_both_surfaces():
+    reference, predicted = cube((2, 2, 2), 1), cube((2, 2, 2), 1)
+    predicted[2, 2, 5] = 1  # 0 mm the one way, 0 and 3 · 3 mm the other: 9 mm over three voxels
+    for one, other in ((reference, predicted), (predicted, reference)):
+        assert surface_distances(one, other, 3, voxel_mm=(0.5, 2.0, 3.0))[1].tolist() == [pytest.approx(3.0), pytest.approx(np.nan, nan_ok=True)]
 
 
 def test_absent_classes():

@@ -11,7 +11,7 @@ from small_heads import CHECKOUT, add_subject
 from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.schema import read_table
-from pipelines.project import _environment, data_project
+from pipelines.project import data_project, stage_environment
 
 STAGE = {"epochs": 1, "learning_rate": 0.01}
 TRAIN = {"protocol": "lod7", "seed": 0, "coarse": STAGE, "fine": STAGE, "network": {"widths": [2, 4, 8]}}
@@ -19,7 +19,7 @@ TRAIN = {"protocol": "lod7", "seed": 0, "coarse": STAGE, "fine": STAGE, "network
 
 def repro(folder: Path) -> list[str]:
     """Run `dvc repro`; the stages that ran."""
-    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=_environment(), capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=folder, env=stage_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
 
@@ -47,7 +47,7 @@ def test_everything_is_there(project):
     results = read_table(project / "tables/results.parquet", "results").to_pandas()
     assert set(results.run) == {"lod_brain-base-0", "atlas-base-0"}
     assert set(results[results.role == "external_test"].place) == {"alpha", "beta", "gamma"}
-    assert set(results.metric) == {"dice", "hd95", "volume", "reference_volume"}
+    assert set(results.metric) == {"dice", "hd95", "asd", "volume", "reference_volume"}
     page = (project / "reports/report.html").read_text()
     assert "data:image" in page and results.split_hash[0][:12] in page
     assert (project / "mlflow/mlflow.db").is_file()

@@ -1,5 +1,6 @@
 """The split: every group held out once, no leak whatever the data, by hand on a small case."""
 
+import numpy as np
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
@@ -122,6 +123,56 @@ def test_hold_out_list_and_its_errors():
             split.compile_split(scans, Split(holdout=holdout))
     with pytest.raises(InputError, match="one place only"):
         split.compile_split([scan(i, "only") for i in range(4)], Split())
+
+
+def test_fewer_people_are_among_more_and_the_tests_stay():
+    scans = [scan(10 * p + i, f"place{p}") for p in range(3) for i in range((4, 9, 6)[p])]
+    scans += [scan(90, "place1", person="p10"), scan(91, "place1", person="p12")]  # a second visit goes with the first
+    whole, _ = split.compile_split(scans, Split(folds=3))
+    before: dict[int, set] = {}
+    for number in (2, 4, 5):
+        rows, notes = split.compile_split(scans, Split(folds=3, train_people=number))
+        assert not any(entry["overlaps"] for entry in split.prove(rows, scans, Split(folds=3, train_people=number)))
+        for fold in range(3):
+            full, cut = roles(whole, fold), roles(rows, fold)
+            people = {row["person"] for row in rows if row["fold"] == fold and row["role"] == "train"}
+            assert len(people) == number and people >= before.get(fold, set())
+            before[fold] = people
+            for scan_id, role in full.items():
+                assert cut[scan_id] == role or (role, cut[scan_id]) == ("train", "excluded")
+            theirs = {s["scan_id"] for s in scans if s["person"] in people and full[s["scan_id"]] == "train"}
+            assert theirs == {scan_id for scan_id, role in cut.items() if role == "train"}
+            left_out = {row["reason"] for row in rows if row["fold"] == fold and (full[row["scan_id"]], row["role"]) == ("train", "excluded")}
+            assert left_out == {f"not among the {number} people that are trained on"}
+        if number == 4:  # two from each of the two places that are not held out
+            for fold in range(3):
+                groups = [row["group"] for row in rows if row["fold"] == fold and row["role"] == "train"]
+                assert len(set(groups)) == 2
+    with pytest.raises(InputError, match="split.train_people is 40: fold 0 has .* people to train on; so many, or fewer, are wanted"):
+        split.compile_split(scans, Split(folds=3, train_people=40))
+
+
+def test_resolutions_held_out():
+    """A person with a scan of either resolution is trained on in none of them."""
+    scans = [scan(i, f"place{i % 2}", resolution=("1.0", "1.0", "0.7", "0.8")[i % 4]) for i in range(16)]
+    scans[2] |= {"person": "p0", "scanner": "a"}
+    chosen = Split(key="resolution", holdout=("0.7", "0.8"), guards=("person", "family", "content"))
+    rows, notes = split.compile_split(scans, chosen)
+    by_id = {s["scan_id"]: s for s in scans}
+    assert {by_id[row["scan_id"]]["resolution"] for row in rows if row["role"] == "external_test"} == {"0.7", "0.8"}
+    assert {by_id[row["scan_id"]]["resolution"] for row in rows if row["role"] in ("train", "val", "internal_test")} == {"1.0"}
+    assert roles(rows, 0)["s000"] == "excluded" and roles(rows, 0)["s002"] == "external_test"
+    assert {entry["guard"] for entry in split.prove(rows, scans, chosen)} == {"person", "family", "content", "resolution"}
+    with pytest.raises(InputError, match="'0.9' is no resolution of the data; one of 0.7, 0.8, 1.0 is wanted"):
+        split.compile_split(scans, Split(key="resolution", holdout=("0.9",)))
+
+
+@pytest.mark.parametrize(("edges_mm", "said"), [((1, 1, 1.2), "1.0"), ((0.9375, 3, 0.9375), "0.9"), ((1.6, 1.6, 1.6), "1.6")])
+def test_resolution_of_an_oblique_scan(edges_mm, said):
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag(edges_mm)
+    assert split.resolution(affine.ravel().tolist()) == said
 
 
 def test_nobody_left_to_train_on_is_an_error():

@@ -73,9 +73,14 @@ def outputs(name: str, protocols: Sequence[str]) -> tuple[str, ...]:
     return tuple(protocols) if _module(name)[0].RECIPE.loss == "cross_entropy" else tuple(protocols[:1])
 
 
-def recipe_of(name: str) -> Recipe:
-    """How a network is fed and trained."""
-    return _module(name)[0].RECIPE
+def recipe_of(name: str, chosen: str = "own") -> Recipe:
+    """How a network is fed and trained; by ``train.recipe`` its optimiser, schedule and batch are those of another network.
+
+    >>> recipe_of("fastsurfer_cnn", "fastsurfer_vinn").optimiser, recipe_of("fastsurfer_cnn").optimiser
+    ('adamw', 'adam')
+    """
+    own = _module(name)[0].RECIPE
+    return own if chosen in ("own", "shared") else own.optimised_as(_module(chosen)[0].RECIPE)
 
 
 def is_known(name: str) -> bool:

@@ -24,8 +24,10 @@ from torch.nn import functional as F
 
 from data_registry.protocol import Protocol, sagittal_classes
 from lod_model.networks.conventions import Configuration, is_integer
+from lod_model.networks.squeeze_excitation import SqueezeExcitation
 
 VIEWS = ("axial", "coronal", "sagittal")
+ATTENTIONS = ("none", "squeeze_excitation")
 LATERAL_CLASSES, FUSED_CLASSES = 79, 51   # of the paper: a sagittal slice does not show which hemisphere it is of
 
 
@@ -43,6 +45,7 @@ class ViewsConfig(Configuration):
     slices            neighbouring slices that are the channels of the input; the middle one is predicted
     kernels           sides of the kernels of a block's convolutions, in order
     depth             poolings, and unpoolings
+    attention         none, or squeeze_excitation at the end of every block
     """
 
     classes: int = LATERAL_CLASSES
@@ -51,6 +54,7 @@ class ViewsConfig(Configuration):
     slices: int = 7
     kernels: tuple[int, ...] = ()
     depth: int = 4
+    attention: str = "none"
 
     def __post_init__(self) -> None:
         if self.sagittal_classes is None:
@@ -63,6 +67,8 @@ class ViewsConfig(Configuration):
         if not isinstance(self.kernels, list | tuple) or len(self.kernels) < 2 or not all(is_integer(k, 1) and k % 2 for k in self.kernels):
             raise ValueError(f"kernels: {self.kernels!r}, wanted two or more odd positive integers")
         object.__setattr__(self, "kernels", tuple(self.kernels))
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention: {self.attention!r}, wanted one of {', '.join(ATTENTIONS)}")
 
     @property
     def multiple(self) -> int:
@@ -99,7 +105,9 @@ class CompetitiveBlock(nn.Module):
     [[[[0.0, 3.999979...]]]]
     """
 
-    def __init__(self, channels: int, filters: int, kernels: tuple[int, ...], *, entry: Literal["image", "rival", "joined"]) -> None:
+    def __init__(
+        self, channels: int, filters: int, kernels: tuple[int, ...], *, entry: Literal["image", "rival", "joined"], attention: str = "none"
+    ) -> None:
         super().__init__()
         assert entry != "rival" or channels == filters
         self.competes = entry == "rival"
@@ -108,6 +116,7 @@ class CompetitiveBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(i, filters, side, padding=side // 2) for i, side in zip(ins, kernels, strict=True))
         self.norms = nn.ModuleList(nn.BatchNorm2d(filters) for _ in kernels)
         self.prelu = nn.PReLU()
+        self.attention = SqueezeExcitation(filters) if attention == "squeeze_excitation" else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         best = x if self.competes else None
@@ -117,7 +126,7 @@ class CompetitiveBlock(nn.Module):
             y = normalised(norm, conv(x))                                     # (B, filters, H, W), as all that follows
             best = y if best is None else maxout(y, best)
             x = self._activated(best, x)
-        return normalised(last_norm, last_conv(x))
+        return self.attention(normalised(last_norm, last_conv(x)))
 
     def _activated(self, best: Tensor, spent: Tensor) -> Tensor:
         """PReLU of ``best``, which is needed again; where memory is to be reused, in that of ``spent``."""
@@ -159,10 +168,10 @@ class CompetitiveUNet(nn.Module):
     def __init__(self, channels: int, config: ViewsConfig) -> None:
         super().__init__()
 
-        def block() -> CompetitiveBlock:
-            return CompetitiveBlock(config.filters, config.filters, config.kernels, entry="rival")
+        def block(channels: int = config.filters, entry: Literal["image", "rival"] = "rival") -> CompetitiveBlock:
+            return CompetitiveBlock(channels, config.filters, config.kernels, entry=entry, attention=config.attention)
 
-        first = CompetitiveBlock(channels, config.filters, config.kernels, entry="image")
+        first = block(channels, "image")
         self.encoder = nn.ModuleList([first, *(block() for _ in range(config.depth - 1))])
         self.bottom = block()
         self.decoder = nn.ModuleList(block() for _ in range(config.depth))     # coarsest first

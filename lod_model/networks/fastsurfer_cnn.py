@@ -30,12 +30,12 @@ class FastSurferCNNConfig(ViewsConfig):
     """:class:`ViewsConfig`.
 
     >>> FastSurferCNNConfig()
-    FastSurferCNNConfig(classes=79, sagittal_classes=51, filters=64, slices=7, kernels=(5, 5, 1), depth=4)
+    FastSurferCNNConfig(classes=79, sagittal_classes=51, filters=64, slices=7, kernels=(5, 5, 1), depth=4, attention='none')
     >>> FastSurferCNNConfig(classes=7).sagittal_classes, FastSurferCNNConfig().multiple
     (7, 16)
     >>> FastSurferCNNConfig.from_dict({"kernel": 5})
     Traceback (most recent call last):
-    ValueError: fastsurfer_cnn has no kernel; known: classes, sagittal_classes, filters, slices, kernels, depth
+    ValueError: fastsurfer_cnn has no kernel; known: classes, sagittal_classes, filters, slices, kernels, depth, attention
     """
 
     network = "fastsurfer_cnn"

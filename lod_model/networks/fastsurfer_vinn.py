@@ -143,9 +143,10 @@ class FastSurferVINNView(nn.Module):
     def __init__(self, config: FastSurferVINNConfig, classes: int) -> None:
         super().__init__()
         self.config = config
-        self.native = CompetitiveBlock(config.slices, config.native_filters, config.kernels, entry="image")
+        how = {"kernels": config.kernels, "attention": config.attention}
+        self.native = CompetitiveBlock(config.slices, config.native_filters, **how, entry="image")
         self.unet = CompetitiveUNet(config.native_filters, config)
-        self.output = CompetitiveBlock(config.filters + config.native_filters, config.filters, config.kernels, entry="joined")
+        self.output = CompetitiveBlock(config.filters + config.native_filters, config.filters, **how, entry="joined")
         self.classifier = nn.Conv2d(config.filters, classes, 1)
         initialise(self)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,6 +29,11 @@ class Recipe:
     """Of a scan in an epoch."""
     inner_scale: float = 0.0
     """See ``train.slices``."""
+
+    def optimised_as(self, other: Recipe) -> Recipe:
+        """The same samples and loss under the other's optimiser, schedule and batch."""
+        names = ("optimiser", "learning_rate", "epsilon", "weight_decay", "schedule", "batch_size")
+        return replace(self, **{name: getattr(other, name) for name in names})
 
     def optimiser_for(self, network: nn.Module) -> torch.optim.Optimizer:
         """Of the parameters that are trained."""
