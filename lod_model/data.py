@@ -206,6 +206,11 @@ class EpochOrder(Sampler[tuple[int, int]]):
     def __init__(self, scans: list[Scan], *, seed: int, temperature: float = 1.0, shuffle: bool = True, at_least: int = 1) -> None:
         self.scans, self.seed, self.temperature, self.shuffle, self.epoch = scans, seed, temperature, shuffle, 0
         self.passes = -(-at_least // len(scans)) if scans else 1
+        self.resumed = (0, 0)
+
+    def resume_at(self, epoch: int, consumed: int) -> None:
+        """That epoch leaves out its first samples; a call before it begins."""
+        self.epoch, self.resumed = epoch, (epoch, consumed)
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -219,7 +224,8 @@ class EpochOrder(Sampler[tuple[int, int]]):
             return iter([(0, index) for index in range(len(self.scans))])
         sites = [(scan.database, scan.site) for scan in self.scans]
         passes = range(self.epoch * self.passes, (self.epoch + 1) * self.passes)
-        return iter([(number, int(index)) for number in passes for index in epoch_order(sites, self.seed, number, self.temperature)])
+        samples = [(number, int(index)) for number in passes for index in epoch_order(sites, self.seed, number, self.temperature)]
+        return iter(samples[self.resumed[1] if self.epoch == self.resumed[0] else 0 :])
 
 
 def epoch_order(sites: list, seed: int, epoch: int, temperature: float) -> np.ndarray:

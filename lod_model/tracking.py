@@ -117,7 +117,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def underway(self, run: str, *, machine: bool = False) -> Iterator[None]:
-        """A run while it is made, again perhaps: running, failed if the block fails; ``machine``: with figures of this one."""
+        """A run while it is made, again perhaps: running, failed if the block fails (not if it is asked to stop); ``machine``: with its figures."""
         self._write(run, lambda store, there: store.set_status(there, "RUNNING"))
 
         def keep(values: dict[str, float]) -> None:
@@ -128,6 +128,8 @@ class Tracker:
         try:
             with sampled(keep) if machine else contextlib.nullcontext():
                 yield
+        except SystemExit:  # it was asked to stop, and goes on later
+            raise
         except BaseException:
             self.finish(run, failed=True)
             raise

@@ -1,7 +1,9 @@
 """Training: nothing held out is ever read, finished folds stand, augmentation knows (seed, epoch, sample) alone, what is logged is there."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,40 @@ def test_a_stopped_training_goes_on_where_it_was(project, tmp_path, monkeypatch,
     for level, stage in json.loads(whole)["stages"].items():
         assert again["stages"][level]["epochs"] == stage["epochs"]
         assert again["stages"][level]["val_dice"] == pytest.approx(stage["val_dice"], abs=1e-6)
+    assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == digest
+
+
+def test_a_training_that_is_asked_to_stop_goes_on_at_its_next_batch(project, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an epoch of each stage: the weights, and the one MLflow run, of a training that nobody disturbed."""
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("[2, 4, 8]}", "[2, 4, 8], dropout: 0.0}\n  min_samples_per_epoch: 6"))
+    params, folds = load_params(), all_folds()
+    steps, undisturbed = [], VolumeModule.training_step
+
+    def step(self, batch, index):
+        steps.append(self.level)
+        if steps.count(self.level) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return undisturbed(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VolumeModule, "training_step", step)
+        for _ in ("coarse", "fine"):
+            with pytest.raises(SystemExit) as stopped:
+                train("lod_brain", params, {0: folds[0]})
+            assert stopped.value.code == 75
+        train("lod_brain", params, {0: folds[0]})
+    assert [steps.count(level) for level in ("coarse", "fine")] == [2 * len(EpochOrder(folds[0]["train"], seed=0, at_least=6))] * 2
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow/mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert sorted((run.info.run_name, run.info.status) for run in runs) == [("lod_brain-base-0", "FINISHED"), ("lod_brain-base-0-fold-0", "FINISHED")]
+    digest = weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash
+    shutil.rmtree("checkpoints")
+    train("lod_brain", params, {0: folds[0]})
     assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == digest
 
 
