@@ -234,7 +234,8 @@ class Resources(Section):
     loader_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read and augment samples beside the training process."""
     mlflow_uri: str | None = None
-    """Tracking server; null is SQLite in mlflow/ beside params.yaml."""
+    """Tracking server, e.g. http://lab:5000. null is SQLite below mlflow/ of the current folder: mlflow.db, or in a SLURM job a file of its own
+    in jobs/, as with LODBRAIN_MLFLOW_OFFLINE=1 whatever stands here; `python -m lod_model.tracking sync` merges such files."""
     launcher: Literal["local", "slurm"] = "local"
     """Where the stage train trains. slurm: its unfinished folds are one array of jobs, which it waits for."""
     slurm: Slurm = Slurm()

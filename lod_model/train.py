@@ -74,15 +74,8 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            try:
-                with preempt.listening():
-                    _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
-            except preempt.Preempted:  # its run goes on later
-                raise
-            except BaseException:
-                tracker.finish(child, failed=True)
-                tracker.finish(parent, failed=True)
-                raise
+            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening():
+                _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
 
@@ -92,7 +85,7 @@ def begun(network: str, params: Params) -> tuple[Tracker, str]:
     _check_fits(network, _grown(network, "fine", None, params), params)
     run, tracker = params.run_name(network), Tracker(params.experiment, uri=params.resources.mlflow_uri)
     parent = tracker.run(run_key(run, training_identity(network, params)), name=run, tags=tracking_tags() | {"network": network})
-    tracker.params(parent, _flat(params))
+    tracker.params(parent, {"network": network, **_flat(params)})
     return tracker, parent
 
 
