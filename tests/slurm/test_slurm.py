@@ -174,6 +174,8 @@ def test_folds_are_an_array_that_dvc_waits_for(project, tmp_path, monkeypatch):
     for fold in bad:
         steps, status = metric_steps(project, fold)
         assert steps == list(range(SETTINGS["train"]["fine"]["epochs"])) and status == "FINISHED"
+    places = launch.submit_stage("sync", params)
+    assert slurm.wait_for(places, cancel=set()) == {} and "nothing to send" in next(iter(places)).log.read_text()
 
     for name in ("tables", "shards"):
         (tmp_path / name).symlink_to(project / name)
