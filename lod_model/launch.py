@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 import time
@@ -10,9 +11,12 @@ from data_registry.errors import InputError, run_stage
 from data_registry.params import Params, load_params
 from lod_model import slurm
 from lod_model.slurm import Place, Task
+from lod_model.tracking import LOCAL_FOLDER, sync
 
 log = logging.getLogger("lodbrain.slurm")
 MODULES = {"harmonise": ["pipelines.harmonise"], "evaluate": ["lod_model.evaluate"], "sync": ["lod_model.tracking", "sync"]}
+JOBS = LOCAL_FOLDER / "jobs"
+"""MLflow's runs as jobs keep them, each in a file of its own."""
 
 
 def main() -> None:
@@ -35,7 +39,9 @@ def main() -> None:
 def submit_stage(stage: str, params: Params, *, by_dvc: bool = False) -> dict[Place, str]:
     """A stage that is one job: harmonise on a Ray cluster over its nodes, the others as they are."""
     job = getattr(params.resources.slurm, stage)
-    command = [sys.executable, "-m", *(["dvc", "repro", "--single-item", stage] if by_dvc else MODULES[stage])]
+    command = [sys.executable, "-m", *(["dvc", "repro", "--single-item", stage] if by_dvc and stage != "sync" else MODULES[stage])]
+    if stage == "sync":
+        command += ["--from", str(JOBS), "--to", _store(params)]
     line = slurm.step(command, job)
     if stage == "harmonise":
         job, line = job.model_copy(update={"tasks_per_node": 1}), shlex.join([str(slurm.SCRIPTS / "on-ray.sh"), *command])
@@ -58,6 +64,11 @@ def train_folds(wanted: dict[str, list[int]], params: Params, *, wait: bool = Tr
             if time.monotonic() > until:
                 failed[name] = "no fold.json of these settings; params.yaml or a table has changed since it was submitted"
             time.sleep(1)
+    if any(JOBS.rglob("*.db")):
+        try:
+            sync([JOBS], _store(params))
+        except InputError as error:
+            log.warning("%s; `python -m lod_model.launch sync`, later, gathers what the jobs have kept", error)
     _complain(failed)
 
 
@@ -93,6 +104,11 @@ def _train(networks: tuple[str, ...], params: Params, *, wait: bool) -> None:
             wanted[network] = todo
             begun(network, params)
     train_folds(wanted, params, wait=wait)
+
+
+def _store(params: Params) -> str:
+    """Where all of MLflow's runs are."""
+    return params.resources.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{LOCAL_FOLDER / 'mlflow.db'}"
 
 
 def _complain(failed: dict[str, str]) -> None:

@@ -110,7 +110,7 @@ def wait_for(places: dict[Place, str], *, cancel: set[str]) -> dict[str, str]:
                     ended.pop(place, None)
                 elif _is_over(place, state, time.monotonic() - ended.setdefault(place, time.monotonic())):
                     del waiting[place]
-                    if state != "COMPLETED" and place.status != 0:
+                    if state != "COMPLETED" and (state != FORGOTTEN or place.status != 0):
                         failed[name] = _reason(place, state)
                         log.warning("%s failed: %s", name, failed[name])
             if states is not None and (told := _summary(states, waiting, len(places), len(failed))) != shown:

@@ -58,11 +58,8 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     if params.resources.launcher == "slurm":
         from lod_model.launch import train_folds
 
-        try:
+        with tracker.underway(parent):
             train_folds({network: list(todo)}, params)
-        except BaseException:
-            tracker.finish(parent, failed=True)
-            raise
         tracker.finish(parent)
         return
     tags = tracking_tags() | {"network": network}

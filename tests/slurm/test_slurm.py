@@ -31,10 +31,10 @@ REPRO = [sys.executable, "-m", "dvc", "repro", "--single-item", "train@lod_brain
 SETTINGS = {
     "experiment": "base", "networks": ["lod_brain"], "harmonise": {"grid": "16mm", "shards_per_site": 2}, "split": {"folds": 3}, "evaluate": {},
     "train": {
-        "protocol": "lod7", "seed": 0, "coarse": {"epochs": 2, "learning_rate": 0.01}, "fine": {"epochs": 15, "learning_rate": 0.01},
+        "protocol": "lod7", "seed": 0, "coarse": {"epochs": 2, "learning_rate": 0.01}, "fine": {"epochs": 10, "learning_rate": 0.01},
         "network": {"widths": [2, 4, 8], "dropout": 0.0}, "stop_patience": 99, "reduce_patience": 1,
     },
-    "resources": {"launcher": "slurm"},
+    "resources": {"launcher": "slurm", "threads": 1},
 }  # fmt: skip
 
 
@@ -174,11 +174,13 @@ def test_folds_are_an_array_that_dvc_waits_for(project, tmp_path, monkeypatch):
     for fold in bad:
         steps, status = metric_steps(project, fold)
         assert steps == list(range(SETTINGS["train"]["fine"]["epochs"])) and status == "FINISHED"
+    places = launch.submit_stage("sync", params)
+    assert slurm.wait_for(places, cancel=set()) == {} and "nothing to send" in next(iter(places)).log.read_text()
 
     for name in ("tables", "shards"):
         (tmp_path / name).symlink_to(project / name)
     monkeypatch.chdir(tmp_path)
-    train("lod_brain", params.model_copy(update={"resources": Resources()}), {first: folds[first]})
+    train("lod_brain", params.model_copy(update={"resources": Resources(threads=1)}), {first: folds[first]})
     assert weights.load(weights_of(first)).hash == weights.load(project / weights_of(first)).hash
 
 
