@@ -125,7 +125,8 @@ def _windowed(network: torch.nn.Module, conformed: np.ndarray, *, mean=None, dev
     """A label map (D, H, W) for each output of a network that sees windows."""
     with _asked(network, threads):
         x = _image(network, conformed, mean, deviation)
-        found = window_classes(network, x, fill=float(x.min()))
+        side = network.config.window + -network.config.window % network.config.multiple
+        found = window_classes(network, x, side=side, stride=side // 2, fill=float(x.min()))
     d, h, w = conformed.shape
     maps = found.values() if isinstance(found, dict) else [found]  # as the network has its outputs: in the order of its protocols
     return [np.ascontiguousarray(labels[:d, :h, :w]) for labels in maps]

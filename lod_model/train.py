@@ -176,7 +176,8 @@ def _grown(network: str, level: str, previous, params: Params):
 
     torch.manual_seed(params.train.seed)
     learned = [protocol.load(name) for name in networks.outputs(network, params.train.protocols)]
-    config = {**networks.config_for(network, learned), **params.train.network_of(network)}
+    window = {"window": params.train.crops.side} if networks.recipe_of(network).samples == "crops" else {}
+    config = {**networks.config_for(network, learned), **window, **params.train.network_of(network)}
     if level == "coarse":
         return networks.build_coarse(network, config)
     net = networks.build(network, config)

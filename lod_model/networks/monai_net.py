@@ -34,12 +34,14 @@ class MONAIConfig:
     net        class of ``monai.networks.nets``
     classes    output channels, background included
     multiple   every side of the image, in voxels, must be a multiple of this
+    window     side of the windows it predicts in, as it was trained: most of them normalise by what a window holds
     arguments  of the class, over those of ``DEFAULTS``
     """
 
     net: str = "DynUNet"
     classes: int = 7
     multiple: int = 32
+    window: int = 128
     arguments: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,8 @@ class MONAIConfig:
             raise ValueError(f"classes: {self.classes!r}, wanted an integer of at least 2")
         if not is_integer(self.multiple, 1):
             raise ValueError(f"multiple: {self.multiple!r}, wanted a positive integer")
+        if not is_integer(self.window, 1):
+            raise ValueError(f"window: {self.window!r}, wanted a positive integer")
         if not isinstance(self.arguments, dict):
             raise ValueError(f"arguments: {self.arguments!r}, wanted a mapping")
         made = getattr(nets, self.net, None) if isinstance(self.net, str) else None

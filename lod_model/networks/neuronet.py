@@ -61,6 +61,7 @@ class NeuroNetConfig:
     units       residual units of a scale
     activation  relu6, leaky_relu (0.1) or relu
     epsilon     added to the variance by the batch norm
+    window      side of the windows it predicts in, as it was trained
 
     >>> NeuroNetConfig().multiple
     8
@@ -80,6 +81,7 @@ class NeuroNetConfig:
     units: int = 2
     activation: str = "relu6"
     epsilon: float = 1e-3
+    window: int = 128
 
     def __post_init__(self) -> None:
         if not isinstance(self.protocols, dict) or not self.protocols or not all(is_integer(c, 2) for c in self.protocols.values()):
@@ -93,8 +95,9 @@ class NeuroNetConfig:
         if list(self.filters) != sorted(self.filters):
             raise ValueError(f"filters: {self.filters!r}, wanted none smaller than the one before it")
         object.__setattr__(self, "filters", tuple(self.filters))
-        if not is_integer(self.units, 1):
-            raise ValueError(f"units: {self.units!r}, wanted a positive integer")
+        for name in ("units", "window"):
+            if not is_integer(getattr(self, name), 1):
+                raise ValueError(f"{name}: {getattr(self, name)!r}, wanted a positive integer")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: {self.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float) or not 0 < self.epsilon < math.inf:
