@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from data_registry import conform, protocol
 from data_registry.errors import InputError
 from data_registry.intensity import Intensity
-
-
-class Section(BaseModel):
-    """Settings: frozen, an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+from data_registry.jobs import Count, Section, Slurm
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -32,7 +26,6 @@ def LeftOutIf(default: object) -> object:
 
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
 
 
 class Index(Section):
@@ -241,7 +234,11 @@ class Resources(Section):
     loader_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read and augment samples beside the training process."""
     mlflow_uri: str | None = None
-    """Tracking server; null is SQLite in mlflow/ beside params.yaml."""
+    """Tracking server, e.g. http://lab:5000. null is SQLite below mlflow/ of the current folder: mlflow.db, or in a SLURM job a file of its own
+    in jobs/, as with LODBRAIN_MLFLOW_OFFLINE=1 whatever stands here; `python -m lod_model.tracking sync` merges such files."""
+    launcher: Literal["local", "slurm"] = "local"
+    """Where the stage train trains. slurm: its unfinished folds are one array of jobs, which it waits for."""
+    slurm: Slurm = Slurm()
 
 
 class Params(Section):

@@ -66,7 +66,7 @@ def flip(image: np.ndarray, target: np.ndarray, mirrored: np.ndarray) -> tuple[n
     """
     if target.ndim == 4:
         return image[::-1], target[:, ::-1][mirrored]
-    table = np.arange(IGNORED + 1, dtype=target.dtype)
+    table = np.arange(max(IGNORED + 1, len(mirrored)), dtype=target.dtype)
     table[: len(mirrored)] = mirrored
     return image[::-1], table[target[::-1]]
 

@@ -12,6 +12,7 @@ from lod_model.augment import augment, sample_seed
 from lod_model.data import Scan
 
 IGNORED = protocols.IGNORED
+MOST = 2.0  # times the scan's deviation, by augmentation: a cube of air tells nothing of what was done to the rest
 
 
 class CropDataset(Dataset):
@@ -44,8 +45,7 @@ class CropDataset(Dataset):
         image = raw
         if self.augmentation != "none":
             image, classes = augmented(raw, classes, there, preset=self.augmentation, seed=seed, voxel_mm=scan.voxel_mm)
-        # intensity 0, not the mean, beyond the scan
-        image = self._padded(scan.zscored(image, raw), -scan.mean / max(scan.deviation, 1e-6))
+        image = scan.zscored(self._padded(image, 0), self._padded(raw, 0), most=MOST)
         sample = {"image": torch.from_numpy(image.astype(np.float32))[None]}
         found = dict(zip((table.name for table in there), classes, strict=True))
         for table in self.protocols:
@@ -74,13 +74,14 @@ def augmented(
         image, moved = augment(image, classes[0], preset=preset, seed=seed, mirrored=swaps[0], voxel_mm=voxel_mm)
         return image, [moved]
     codes = sum(part.astype(np.int64) << (8 * place) for place, part in enumerate(classes))
-    _, seen = pd.factorize(codes.ravel())
-    parts = [(seen >> (8 * place)) & 255 for place in range(len(classes))]
-    flipped = sum(swap[part].astype(np.int64) << (8 * place) for place, (swap, part) in enumerate(zip(swaps, parts, strict=True)))
-    seen = np.unique(np.concatenate([[0], seen, flipped]))  # 0: background of all, which comes in from outside
-    mirrored = np.searchsorted(seen, sum(
-        swap[(seen >> (8 * place)) & 255].astype(np.int64) << (8 * place) for place, swap in enumerate(swaps)
-    ))  # fmt: skip
-    index = np.searchsorted(seen, codes).astype(np.uint16)
+    which, seen = pd.factorize(codes.ravel())
+    known = np.unique(np.concatenate([[0], seen, _swapped(seen, swaps)]))  # 0: background of all, which comes in from outside
+    index = np.searchsorted(known, seen).astype(np.min_scalar_type(len(known)))[which].reshape(image.shape)
+    mirrored = np.searchsorted(known, _swapped(known, swaps))
     image, moved = augment(image, index, preset=preset, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
-    return image, [((seen >> (8 * place)) & 255).astype(np.uint8)[moved] for place in range(len(classes))]
+    return image, [((known >> (8 * place)) & 255).astype(np.uint8)[moved] for place in range(len(classes))]
+
+
+def _swapped(codes: np.ndarray, swaps: list[np.ndarray]) -> np.ndarray:
+    """Combinations of classes, a byte a protocol, after left and right change places."""
+    return sum(swap[(codes >> (8 * place)) & 255].astype(np.int64) << (8 * place) for place, swap in enumerate(swaps))

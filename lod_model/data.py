@@ -80,12 +80,12 @@ class Scan:
             raise InputError(f"{where}: {self.scan_id} has no column {name}; harmonise.block_protocols must name {protocol.name}")
         return counts[name].astype(np.float32) / factor**3
 
-    def zscored(self, image: np.ndarray, raw: np.ndarray) -> np.ndarray:
+    def zscored(self, image: np.ndarray, raw: np.ndarray, *, most: float = np.inf) -> np.ndarray:
         """float32, by the moments of the whole scan on the full grid. ``image`` is what augmentation has made of ``raw``, a part of the scan or
-        a level of detail: what it did to their moments, it is taken to have done to the whole's."""
+        a level of detail: what it did to their moments, it is taken to have done to the whole's, the deviation up to a factor of ``most``."""
         mean = self.mean + float(image.mean(dtype=np.float64)) - float(raw.mean(dtype=np.float64))
-        deviation = self.deviation * float(image.std(dtype=np.float64)) / max(float(raw.std(dtype=np.float64)), 1e-6)
-        return (image - np.float32(mean)) / np.float32(max(deviation, 1e-6))
+        factor = (float(image.std(dtype=np.float64)) + 1e-6) / (float(raw.std(dtype=np.float64)) + 1e-6)
+        return (image - np.float32(mean)) / np.float32(max(self.deviation * min(max(factor, 1 / most), most), 1e-6))
 
     def has(self, protocol: protocols.Protocol) -> bool:
         """Whether it has labels that the protocol speaks of."""
@@ -206,6 +206,11 @@ class EpochOrder(Sampler[tuple[int, int]]):
     def __init__(self, scans: list[Scan], *, seed: int, temperature: float = 1.0, shuffle: bool = True, at_least: int = 1) -> None:
         self.scans, self.seed, self.temperature, self.shuffle, self.epoch = scans, seed, temperature, shuffle, 0
         self.passes = -(-at_least // len(scans)) if scans else 1
+        self.resumed = (0, 0)
+
+    def resume_at(self, epoch: int, consumed: int) -> None:
+        """That epoch leaves out its first samples; a call before it begins."""
+        self.epoch, self.resumed = epoch, (epoch, consumed)
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this before each epoch."""
@@ -219,7 +224,8 @@ class EpochOrder(Sampler[tuple[int, int]]):
             return iter([(0, index) for index in range(len(self.scans))])
         sites = [(scan.database, scan.site) for scan in self.scans]
         passes = range(self.epoch * self.passes, (self.epoch + 1) * self.passes)
-        return iter([(number, int(index)) for number in passes for index in epoch_order(sites, self.seed, number, self.temperature)])
+        samples = [(number, int(index)) for number in passes for index in epoch_order(sites, self.seed, number, self.temperature)]
+        return iter(samples[self.resumed[1] if self.epoch == self.resumed[0] else 0 :])
 
 
 def epoch_order(sites: list, seed: int, epoch: int, temperature: float) -> np.ndarray:

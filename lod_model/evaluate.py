@@ -31,6 +31,8 @@ RESULTS_TABLE = TABLES / "results.parquet"
 CASES = TABLES / "cases"
 TEST_ROLES = ("internal_test", "external_test")
 WORST_CASES = 6
+FIGURES_OF_STRUCTURES = 30
+"""At most, of a run in MLflow: with its losses and its machine's no more than 50. Of protocols with more, the tables tell."""
 RECIPE_VERSION = 3
 """Part of the table's identity; raise it when a change of code changes a score."""
 
@@ -246,12 +248,15 @@ def _track(rows: list[dict], params: Params) -> None:
 def _figures(rows: list[dict]) -> dict[str, float]:
     """Names and values of the scalars that MLflow compares."""
     figures: dict[str, list[float]] = {}
+    of_structures: dict[str, list[float]] = {}
     for row in rows:
         if row["metric"] in ("dice", "hd95") and row["value"] is not None:
             role = row["role"].removesuffix("_test")
             figures.setdefault(f"{role}_{row['metric']}", []).append(row["value"])
             if role == "external":
-                figures.setdefault(f"{role}_{row['metric']}_{row['structure'].replace(' ', '_')}", []).append(row["value"])
+                of_structures.setdefault(f"{role}_{row['metric']}_{row['structure'].replace(' ', '_')}", []).append(row["value"])
+    if len(of_structures) <= FIGURES_OF_STRUCTURES:
+        figures |= of_structures
     return {name: float(np.mean(values)) for name, values in figures.items()}
 
 

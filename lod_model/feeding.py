@@ -4,7 +4,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from data_registry.params import Train
-from lod_model import networks
+from lod_model import networks, preempt
 from lod_model.crops import CropDataset
 from lod_model.data import EpochOrder, SampleDataset, Scan, Windows
 from lod_model.slices import SliceDataset, collated
@@ -28,7 +28,7 @@ class Feeding:
         together = {"batch_size": self.batch_size}
         if self.recipe.samples == "slices":  # batch_size counts slices, of which a sample has several
             together = {"batch_size": -(-self.batch_size // settings.slices.per_visit), "collate_fn": collated}
-        return DataLoader(data, sampler=order, num_workers=workers, **together)
+        return DataLoader(data, sampler=order, num_workers=workers, worker_init_fn=preempt.deaf, **together)
 
     def _volumes(self, scans: list[Scan], order: EpochOrder, training: bool) -> Dataset:
         settings, windows = self.settings, None

@@ -34,7 +34,7 @@ def pixel_weights(
 
     ``cortex`` (C,) bool says which classes are cortex (:attr:`data_registry.protocol.Protocol.cortex`); ignored voxels are taken for cortex
     as well, as they are parcels that the protocol does not have. ``most`` bounds the first part, the other numbers are what a part adds.
-    ``table`` are the :func:`class_weights` of the whole where ``classes`` are a part of it. ValueError for an unknown part.
+    ``table`` are the :func:`counted_weights` of the whole where ``classes`` are a part of it. ValueError for an unknown part.
 
     >>> pixel_weights(np.array([[[0, 0, 0, 0, 1, 1]]], np.uint8), np.array([False, True]), parts=("median", "gradient")).tolist()
     [[[0.75, 0.75, 0.75, 4.75, 5.5, 1.5]]]
@@ -67,11 +67,21 @@ def pixel_weights(
 
 
 def class_weights(classes: np.ndarray, *, more_background: int = 0, most: float = 5) -> np.ndarray:
-    """(256,) float32: the median of the counts of the classes that are there, over a class's count; 0 for those that are not."""
+    """(256,) float32: the :func:`counted_weights` of ``classes``, and of so much background beyond them."""
     counts = np.bincount(classes.ravel(), minlength=256)
     counts[0] += more_background
-    counts[IGNORED] = 0
+    return counted_weights(counts, most=most)
+
+
+def counted_weights(counts: np.ndarray, *, most: float = 5) -> np.ndarray:
+    """(256,) float32 of (256,) voxels of each class: the median of the counts of the classes that are there, over a class's count; at most
+    ``most``, and 0 for classes that are not there and for ignored voxels.
+
+    >>> counted_weights(np.bincount([0, 0, 0, 0, 1, 2, 2, 255], minlength=256))[[0, 1, 2, 3, 255]].tolist()
+    [0.5, 2.0, 1.0, 0.0, 0.0]
+    """
     there = counts > 0
+    there[IGNORED] = False
     weights = np.zeros(256, dtype=np.float32)
     weights[there] = np.minimum(np.median(counts[there]) / counts[there], most) if there.any() else 0
     return weights

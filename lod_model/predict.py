@@ -63,7 +63,7 @@ def predict_any(
     if kind == "windows":
         maps = _windowed(network, conformed, **how)
         return dict(with_sides(name, labels) for name, labels in zip(protocols, maps, strict=True))
-    if 4 * network.config.classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
+    if 4 * protocol_tables.load(protocols[0]).classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
         return predict(network, conformed, **how)
     return dict([with_sides(protocols[0], _slabwise(network, conformed, **how))])
 

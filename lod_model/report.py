@@ -52,7 +52,9 @@ def main() -> None:
     tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
     for network in params.networks:
         run = params.run_name(network)
-        tracker.artifacts(tracker.run(run_key(run, training_identity(network, params)), name=run), sorted(path.parent.iterdir()))
+        parent = tracker.run(run_key(run, training_identity(network, params)), name=run)
+        tracker.artifacts(parent, sorted(path.parent.iterdir()))
+        tracker.finish(parent)
     print(f"report: {path}")
 
 

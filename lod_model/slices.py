@@ -7,14 +7,14 @@ from torch.utils.data import Dataset
 
 from data_registry import protocol as protocols
 from data_registry.params import Slices
+from data_registry.resample import bounding_box
 from lod_model.augment import augment, sample_seed
 from lod_model.data import Scan
 from lod_model.networks.competitive import VIEWS, ViewsConfig
-from lod_model.pixel_weights import MARGIN, class_weights, pixel_weights
-from lod_model.views import AXES, slices_of
+from lod_model.pixel_weights import MARGIN, counted_weights, pixel_weights
+from lod_model.views import AXES, as_slices, slices_of
 
-SMALLEST_SCALE = 0.5  # the draws are normal: without bounds one in many thousands leaves nothing of a slice
-LARGEST_SCALE = 2.0
+MOST = 2.0  # times a scale, and its inverse: draws are normal, and one in many thousands would leave nothing of a slice
 
 
 class SliceDataset(Dataset):
@@ -23,7 +23,8 @@ class SliceDataset(Dataset):
     For each view ``<view>_image`` (n, slices, H, W) float32, 0 … 1; ``<view>_target`` (n, H, W) int64 classes, of the sagittal view those that
     it can tell apart, 255 where the protocol says nothing; ``<view>_weight`` (n, H, W) float32; ``<view>_scale`` (n,) float32, the zoom inside
     the network: base voxel size / voxel size, and noise. Drawn among the slices that have labels; in ``validation`` they are evenly spaced
-    among these, without noise. The volume is augmented, not its slices.
+    among these, without noise. The volume is augmented, not its slices. H and W are made up to a multiple of the network's at their ends,
+    where nothing is asked of it.
     """
 
     def __init__(
@@ -33,8 +34,12 @@ class SliceDataset(Dataset):
         self.scans, self.how, self.config, self.augmentation, self.seed, self.validation = scans, how, config, augmentation, seed, validation
         self.inner_scale = inner_scale if how.inner_scale is None else how.inner_scale
         self.protocol = protocols.load(protocol)
-        self.sagittal = np.append(protocols.sagittal_classes(self.protocol)[0], np.arange(self.protocol.classes, 256))
-        self.swap = np.append(self.protocol.mirrored(), np.arange(self.protocol.classes, 256))
+        classes, merged = self.protocol.classes, protocols.sagittal_classes(self.protocol)[0]
+        self.swap = np.append(self.protocol.mirrored(), np.arange(classes, 256))
+        self.seen = {view: np.arange(256, dtype=np.uint8) for view in VIEWS}  # class → the class that a view sees
+        self.seen["sagittal"][:classes] = merged
+        self.cortex = dict.fromkeys(VIEWS, self.protocol.cortex)
+        self.cortex["sagittal"] = np.isin(np.arange(merged.max() + 1), merged[self.protocol.cortex])
 
     def __len__(self) -> int:
         return len(self.scans)
@@ -48,53 +53,59 @@ class SliceDataset(Dataset):
             moved, classes = augment(image, classes, preset=self.augmentation, seed=seed, mirrored=self.swap, voxel_mm=scan.voxel_mm)
             image = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
         generator = np.random.default_rng([seed, 2])
-        side = self.config.multiple
-        image, classes = (np.pad(a, [(0, -n % side) for n in a.shape]) for a in (image, classes))
+        counts, labelled = _surveyed(classes)
         sample: dict[str, torch.Tensor] = {}
         for view in VIEWS:
-            sample |= {f"{view}_{name}": tensor for name, tensor in self._view(view, image, classes, scan.voxel_mm, generator).items()}
+            chosen = self._chosen(labelled[AXES[view][0]], generator)
+            inner, outer = self._scales(self.config.scale(scan.voxel_mm), len(chosen), generator)
+            found = {
+                "image": torch.from_numpy(slices_of(image, view, chosen, thickness=self.config.slices)).float().div_(255),
+                "target": torch.from_numpy(self.seen[view][slices_of(classes, view, chosen, thickness=1)[:, 0]]).long(),
+                "weight": torch.from_numpy(self._weights(view, classes, counts, chosen)),
+                "scale": torch.from_numpy(inner.astype(np.float32)),
+            }
+            found = found if (outer == 1).all() else zoomed(found, outer)
+            height, width = (side + -side % self.config.multiple for side in found["target"].shape[1:])
+            sample |= {f"{view}_{name}": _padded(name, tensor, height, width) for name, tensor in found.items()}
         return sample
 
-    def _view(self, view: str, image: np.ndarray, classes: np.ndarray, voxel_mm: float, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        seen = self.sagittal.astype(np.uint8)[classes] if view == "sagittal" else classes
-        chosen = self._chosen(seen, AXES[view][0], generator)
-        weights = self._weights(view, seen, chosen)
-        number = len(chosen)
-        inner, outer = (1 + np.zeros(number), np.ones(number)) if self.validation else self._scales(number, generator)
-        found = {
-            "image": torch.from_numpy(slices_of(image, view, chosen, thickness=self.config.slices).astype(np.float32) / 255),
-            "target": torch.from_numpy(slices_of(seen, view, chosen, thickness=1)[:, 0].astype(np.int64)),
-            "weight": torch.from_numpy(weights),
-            "scale": torch.from_numpy((self.config.scale(voxel_mm) + inner - 1).astype(np.float32)),
-        }
-        return found if (outer == 1).all() else zoomed(found, outer)
-
-    def _chosen(self, classes: np.ndarray, axis: int, generator: np.random.Generator) -> list[int]:
-        labelled = np.flatnonzero(((classes > 0) & (classes != protocols.IGNORED)).any(axis=tuple({0, 1, 2} - {axis})))
-        labelled = labelled if len(labelled) else np.arange(classes.shape[axis])
+    def _chosen(self, labelled: np.ndarray, generator: np.random.Generator) -> list[int]:
+        number = self.how.per_visit
         if self.validation:
-            return labelled[np.linspace(0, len(labelled) - 1, self.how.per_visit + 2).astype(int)[1:-1]].tolist()
-        return generator.choice(labelled, self.how.per_visit, replace=len(labelled) < self.how.per_visit).tolist()
+            return labelled[np.linspace(0, len(labelled) - 1, number + 2).astype(int)[1:-1]].tolist()
+        return generator.choice(labelled, number, replace=len(labelled) < number).tolist()
 
-    def _scales(self, number: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """What is added to the zoom inside, about 1, and the factor of the zoom before the network."""
-        draws = [1 + deviation * generator.standard_normal(number) for deviation in (self.inner_scale, self.how.outer_scale)]
-        return tuple(np.clip(draw, SMALLEST_SCALE, LARGEST_SCALE) for draw in draws)
+    def _scales(self, scale: float, number: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) each: the zoom inside, ``scale`` and noise, and the factor of the zoom before the network, 1 and noise."""
+        if self.validation:
+            return np.full(number, scale), np.ones(number)
+        draws = [(about, about + deviation * generator.standard_normal(number)) for about, deviation in
+                 ((scale, self.inner_scale), (1.0, self.how.outer_scale))]  # fmt: skip
+        return tuple(np.clip(drawn, about / MOST, about * MOST) for about, drawn in draws)
 
-    def _weights(self, view: str, classes: np.ndarray, chosen: list[int]) -> np.ndarray:
+    def _weights(self, view: str, classes: np.ndarray, counts: np.ndarray, chosen: list[int]) -> np.ndarray:
         """(n, H, W) float32: those of the whole volume, computed on a slab around each slice."""
-        parts, axis, cortex = set(self.how.weights), AXES[view][0], self.protocol.cortex
-        if view == "sagittal":
-            cortex = np.zeros(self.sagittal[: self.protocol.classes].max() + 1, dtype=bool)
-            cortex[self.sagittal[: self.protocol.classes][self.protocol.cortex]] = True
-        table = class_weights(classes) if "median" in parts else None
-        found = []
-        for index in chosen:
+        parts, slices, seen = set(self.how.weights), as_slices(classes, view), self.seen[view]
+        table = counted_weights(np.bincount(seen, counts, minlength=256)) if "median" in parts else None
+        found = np.empty((len(chosen), *slices.shape[1:]), dtype=np.float32)
+        for weights, index in zip(found, chosen, strict=True):
             first = max(0, index - MARGIN)
-            slab = classes[(slice(None),) * axis + (slice(first, index + MARGIN + 1),)]
-            weights = pixel_weights(slab, cortex, parts=parts, table=table)
-            found.append(slices_of(weights, view, [index - first], thickness=1)[0, 0])
-        return np.stack(found)
+            slab = seen[np.ascontiguousarray(slices[first : index + MARGIN + 1])]
+            weights[...] = pixel_weights(slab, self.cortex[view], parts=parts, table=table)[index - first]
+        return found
+
+
+def _surveyed(classes: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(256,) voxels of each class, IGNORED too, and along each axis the planes that have labels; all planes where nothing is labelled."""
+    box = bounding_box(classes)
+    part = classes[box]
+    counts = np.bincount(part.ravel(), minlength=256)
+    counts[0] += classes.size - part.size
+    there = (part + np.uint8(1)) > 1  # neither background nor, going round, IGNORED
+    plane = there.any(0)  # (H, W)
+    lines = there.any(2).any(1), plane.any(1), plane.any(0)
+    planes = [np.flatnonzero(line) + side.start for line, side in zip(lines, box, strict=True)]
+    return counts, planes if len(planes[0]) else [np.arange(n) for n in classes.shape]
 
 
 def zoomed(found: dict[str, torch.Tensor], factors: np.ndarray) -> dict[str, torch.Tensor]:
@@ -115,9 +126,14 @@ def collated(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     batch = {}
     for name in samples[0]:
         parts = [sample[name] for sample in samples]
-        if not name.endswith("_scale"):
-            height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-            outside = protocols.IGNORED if name.endswith("_target") else 0
-            parts = [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=outside) for part in parts]
-        batch[name] = torch.cat(parts)
+        height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1)) if parts[0].ndim > 1 else (0, 0)
+        batch[name] = torch.cat([_padded(name, part, height, width) for part in parts])
     return batch
+
+
+def _padded(name: str, tensor: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """At the ends of its last two axes; a scale has none."""
+    if name.endswith("scale") or tensor.shape[-2:] == (height, width):
+        return tensor
+    outside = protocols.IGNORED if name.endswith("target") else 0
+    return F.pad(tensor, (0, width - tensor.shape[-1], 0, height - tensor.shape[-2]), value=outside)

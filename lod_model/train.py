@@ -21,6 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
+from lod_model import preempt
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 
@@ -31,12 +32,15 @@ RECIPE_VERSION = 2
 
 
 def main() -> None:
-    """Train ``--network`` on all folds, or on ``--fold``."""
+    """Train ``--network`` on all folds, or on ``--fold``, where ``resources.launcher`` or ``--launcher`` says."""
     parser = argparse.ArgumentParser(prog="python -m lod_model.train", description=main.__doc__)
     parser.add_argument("--network", required=True, help="a name from `lodbrain networks`")
     parser.add_argument("--fold", type=int, help="one fold only")
+    parser.add_argument("--launcher", choices=("local", "slurm"), help="local: in this process; slurm: an array of jobs, which is waited for")
     arguments = parser.parse_args()
     params = load_params()
+    if arguments.launcher:
+        params = params.model_copy(update={"resources": params.resources.model_copy(update={"launcher": arguments.launcher})})
     folds = all_folds(params.resources)
     if arguments.fold is not None and arguments.fold not in folds:
         raise InputError(f"--fold {arguments.fold}: the split has folds {', '.join(map(str, folds))}")
@@ -50,11 +54,18 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     log.info("%s: %d folds, %d to train", run, len(folds), len(todo))
     if not todo:
         return
-    _check_fits(network, _grown(network, "fine", None, params), params)
-    tracker = Tracker(params.experiment, uri=params.resources.mlflow_uri)
+    tracker, parent = begun(network, params)
+    if params.resources.launcher == "slurm":
+        from lod_model.launch import train_folds
+
+        try:
+            train_folds({network: list(todo)}, params)
+        except BaseException:
+            tracker.finish(parent, failed=True)
+            raise
+        tracker.finish(parent)
+        return
     tags = tracking_tags() | {"network": network}
-    parent = tracker.run(run_key(run, identity), name=run, tags=tags)
-    tracker.params(parent, _flat(params))
     epochs = sum(getattr(params.train, level).epochs for level in ("coarse", "fine") if _grown(network, level, None, params) is not None)
     columns = (TextColumn("train {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -63,14 +74,19 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            try:
+            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening():
                 _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
-            except BaseException:
-                tracker.finish(child, failed=True)
-                tracker.finish(parent, failed=True)
-                raise
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
+
+
+def begun(network: str, params: Params) -> tuple[Tracker, str]:
+    """MLflow's run of all folds, made if there is none yet; InputError for settings that do not fit the network."""
+    _check_fits(network, _grown(network, "fine", None, params), params)
+    run, tracker = params.run_name(network), Tracker(params.experiment, uri=params.resources.mlflow_uri)
+    parent = tracker.run(run_key(run, training_identity(network, params)), name=run, tags=tracking_tags() | {"network": network})
+    tracker.params(parent, {"network": network, **_flat(params)})
+    return tracker, parent
 
 
 def fold_folder(run: str, fold: int) -> Path:
@@ -212,12 +228,14 @@ def _fit(network: str, net, level: str, params: Params, roles: dict[str, list[Sc
     validated = bool(roles.get("val"))
     # last comes last: what it saves must hold the state that the others have after this epoch
     patience = getattr(settings, level).epochs if level == "fine" and settings.whole_epochs else settings.stop_patience
-    callbacks = [history, *([best, EarlyStopping("val_loss", patience=patience)] if validated else []), last]
+    resume = folder / level / "last.ckpt"
+    stopping = preempt.Stopping(loaders["train"].sampler, resume)
+    callbacks = [history, stopping, *([best, EarlyStopping("val_loss", patience=patience)] if validated else []), last]
     trainer = Trainer(
         max_epochs=getattr(settings, level).epochs, precision=precision_of(settings.precision), callbacks=callbacks,
         devices=1, num_nodes=1, logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
+        plugins=preempt.plugins(),
     )  # fmt: skip
-    resume = folder / level / "last.ckpt"
     recipe = networks.recipe_of(network, settings.recipe)
     module = MODULES[recipe.samples](net, level=level, settings=settings, recipe=recipe)
     trainer.fit(module, loaders["train"], loaders["val"] if validated else None, ckpt_path=resume if resume.is_file() else None, weights_only=True)

@@ -1,7 +1,9 @@
 """Training: nothing held out is ever read, finished folds stand, augmentation knows (seed, epoch, sample) alone, what is logged is there."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from data_registry.schema import read_table
 from lod_model import evaluate, networks, weights
 from lod_model.augment import augment, sample_seed
 from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds, epoch_order
-from lod_model.module import StageModule
+from lod_model.module import VolumeModule
+from lod_model.networks.recipe import LOD_BRAIN
 from lod_model.train import fold_folder, train
 
 PARAMS = """
@@ -182,6 +185,40 @@ def test_a_stopped_training_goes_on_where_it_was(project, tmp_path, monkeypatch,
     assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == digest
 
 
+def test_a_training_that_is_asked_to_stop_goes_on_at_its_next_batch(project, tmp_path, monkeypatch):
+    """SIGTERM in the middle of an epoch of each stage: the weights, and the one MLflow run, of a training that nobody disturbed."""
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text(PARAMS.replace("[2, 4, 8]}", "[2, 4, 8], dropout: 0.0}\n  min_samples_per_epoch: 6"))
+    params, folds = load_params(), all_folds()
+    steps, undisturbed = [], VolumeModule.training_step
+
+    def step(self, batch, index):
+        steps.append(self.level)
+        if steps.count(self.level) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return undisturbed(self, batch, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VolumeModule, "training_step", step)
+        for _ in ("coarse", "fine"):
+            with pytest.raises(SystemExit) as stopped:
+                train("lod_brain", params, {0: folds[0]})
+            assert stopped.value.code == 75
+        train("lod_brain", params, {0: folds[0]})
+    assert [steps.count(level) for level in ("coarse", "fine")] == [2 * len(EpochOrder(folds[0]["train"], seed=0, at_least=6))] * 2
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow/mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert sorted((run.info.run_name, run.info.status) for run in runs) == [("lod_brain-base-0", "FINISHED"), ("lod_brain-base-0-fold-0", "FINISHED")]
+    digest = weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash
+    shutil.rmtree("checkpoints")
+    train("lod_brain", params, {0: folds[0]})
+    assert weights.load(fold_folder("lod_brain-base-0", 0) / "weights.pt").hash == digest
+
+
 def check_one_row_by_hand(folds, rows):
     """One scan of the atlas: a vote over the fold's training scans, and Dice, written out."""
     scan, table = folds[1]["external_test"][0], protocol.load("lod7")
@@ -328,7 +365,7 @@ def test_every_window_with_a_label_is_equally_likely():
 
 def test_the_loss_of_windows_is_the_mean_of_each_scans_own():
     net = networks.build("lod_brain", {"widths": [2, 4, 8], "dropout": 0.0})
-    module = StageModule(net, level="fine", settings=Train())
+    module = VolumeModule(net, level="fine", settings=Train(), recipe=LOD_BRAIN)
     generator = torch.Generator().manual_seed(0)
     image, labels = torch.randn(2, 1, 16, 16, 16, generator=generator), torch.randint(0, 3, (2, 16, 16, 16), generator=generator)
     first = torch.tensor([[0, 8, 0], [8, 0, 8]])
@@ -349,14 +386,14 @@ def test_windows_then_whole_heads_with_checkpoints_and_a_frozen_level(project, t
     settings = "  fine_patch: 8\n  whole_epochs: 1\n  checkpointing: blocks\n  coarse_level: frozen\n"
     settings += "  coarse_augmentation: before\n  stop_patience: 1\n"
     (tmp_path / "params.yaml").write_text(PARAMS.replace("fine: {epochs: 2", "fine: {epochs: 4") + settings)
-    sides, losses = [], StageModule.loss
+    sides, losses = [], VolumeModule.loss
 
     def seen(self, batch):
         if self.training and self.level == "fine":
             sides.append(batch["target"].shape[-1])
         return losses(self, batch)
 
-    monkeypatch.setattr(StageModule, "loss", seen)
+    monkeypatch.setattr(VolumeModule, "loss", seen)
     folds = all_folds()
     train("lod_brain", load_params(), {0: folds[0]})
     number = len(folds[0]["train"])

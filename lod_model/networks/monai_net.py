@@ -61,6 +61,7 @@ class MONAIConfig:
 class MONAINet(nn.Module):
     """The network of a ``MONAIConfig``.
 
+    >>> import torch
     >>> net = MONAINet(MONAIConfig("SegResNet", classes=4)).eval()
     >>> net(torch.zeros(1, 1, 32, 32, 64)).shape
     torch.Size([1, 4, 32, 32, 64])
