@@ -52,7 +52,8 @@ def test_it_is_the_network_written_out_by_hand():
     torch.testing.assert_close(net(x).double(), expected, atol=1e-4, rtol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(net(x).double(), expected, atol=1e-4, rtol=1e-4)
-    assert net(x).is_contiguous(memory_format=torch.channels_last_3d)
+    if torch.get_num_threads() > 1:  # with one, torch takes another kernel for the last convolution
+        assert net(x).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_parameters_by_hand():
