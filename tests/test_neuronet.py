@@ -148,7 +148,7 @@ def test_half_precision_comes_near_and_trains():
 def test_configuration_as_a_dict_and_back():
     network = networks.build("neuronet", {"protocols": {"lod7": 7}, "filters": [2, 4], "units": 1})
     assert network.config.to_dict() == {
-        "protocols": {"lod7": 7}, "filters": [2, 4], "units": 1, "activation": "relu6", "epsilon": 1e-3,
+        "protocols": {"lod7": 7}, "filters": [2, 4], "units": 1, "activation": "relu6", "epsilon": 1e-3, "window": 128,
     }  # fmt: skip
     assert networks.build("neuronet", network.config.to_dict()).config == network.config
     assert network.config.classes == 7 and network.config.multiple == 2

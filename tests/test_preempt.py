@@ -184,9 +184,10 @@ def test_readers_do_not_hear(tmp_path):
 
 
 def test_an_error_after_a_signal_is_a_stop():
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(preempt.Preempted), preempt.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError("a helper was ended by the same signal")
     with pytest.raises(RuntimeError), preempt.listening():
         raise RuntimeError("an error")
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
