@@ -19,7 +19,7 @@ demo: install  ## the whole path on synthetic sites, or on DATA
 	@$(RUN) python -m pipelines.project $(if $(DATA),--data "$(DATA)",--demo)
 
 test: install  ## the fast suite
-	@$(RUN) python -m pytest
+	@$(RUN) python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-full: install  ## also what needs the full network at 256 cubed, or minutes of training
 	@$(RUN) python -m pytest -m 'not ray and not slurm and not mlflow and not containers'
