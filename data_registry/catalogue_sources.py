@@ -68,8 +68,8 @@ def faults(database: Database) -> list[str]:
         f"sources.{field}: {document!r} came; a document is wanted: {known}"
         for field, document in database.sources.items() if document not in database.documents
     ]  # fmt: skip
-    used = set(database.sources.values())
-    found += [f"documents.{name}: is named by no field; one that was read in it is wanted in sources" for name in database.documents if name not in used]
+    unused = [name for name in database.documents if name not in database.sources.values()]
+    found += [f"documents.{name}: is named by no field; one that was read in it is wanted in sources" for name in unused]
     paths = [f"sites.{site}.{field}" for site in database.sites for field in Site.model_fields]
     for place, patterns in (("sources", database.sources), ("unverified", database.unverified)):
         for pattern in patterns:
