@@ -80,7 +80,8 @@ def _scanners(entries: list[Entry]) -> Iterator[tuple[str, str]]:
             if site.scanner and value is not None:
                 other_file, other_where, other = first.setdefault((site.scanner, field), (file, where, value))
                 if other != value:
-                    yield file, f"{where}.{field}: {value!r} came for scanner {site.scanner}; {other!r}, as {other_where} of {other_file} has it, is wanted"
+                    wanted = f"{other!r}, as in {other_where} of {other_file}, is wanted"
+                    yield file, f"{where}.{field}: {value!r} came for scanner {site.scanner}; {wanted}"
 
 
 def _places(entries: list[Entry]) -> Iterator[tuple[str, str]]:

@@ -59,7 +59,8 @@ def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
             continue
         if not any(_same(row[column], value) for row in rows):
             there = sorted({one for row in rows for one in _values(row[column])}, key=str)
-            raise InputError(f"--{column.removesuffix('_tesla').replace('_', '-')} {value}: no site has it; one of {', '.join(map(str, there))} is wanted")
+            option = column.removesuffix("_tesla").replace("_", "-")
+            raise InputError(f"--{option} {value}: no site has it; one of {', '.join(map(str, there))} is wanted")
         chosen = [row for row in chosen if _same(row[column], value)]
     return chosen
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_registry.errors import InputError, run_stage
+from lod_model.cli_sites import sites_app
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 weights_app = typer.Typer(help="List weights and look at them, import and export them.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(weights_app, name="weights")
+app.add_typer(sites_app, name="sites")
 
 
 class Postprocess(StrEnum):
