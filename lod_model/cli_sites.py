@@ -93,21 +93,19 @@ def _table(rows: Iterable[dict]):
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name, options in (
-        ("database", {"no_wrap": True}), ("site", {"no_wrap": True}), ("place", {"ratio": 3, "overflow": "ellipsis", "no_wrap": True}), ("country", {"no_wrap": True}),
-        ("scanner", {"ratio": 2, "overflow": "ellipsis", "no_wrap": True}), ("T", {"justify": "right", "no_wrap": True}),
-        ("scans", {"justify": "right", "no_wrap": True}), ("age", {"justify": "right", "no_wrap": True}), ("access", {"no_wrap": True}),
-    ):  # fmt: skip
-        table.add_column(name, **options)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("database", "site", "place", "country", "scanner", "T", "scans", "age", "access"):
+        justify = "right" if name in ("T", "scans", "age") else "left"
+        table.add_column(name, justify=justify, no_wrap=name not in ("place", "scanner"))  # these two give way in a narrow terminal
     short = {"United States": "USA", "United Kingdom": "UK"}
+    access = {"registration": "register", "agreement": "agree"}
     for row in rows:
         star = {name: "*" for name in row["unverified"]}
         scanner = " ".join(filter(None, (row["manufacturer"], row["model"]))) or "-"
         table.add_row(
             row["database"], row["site"].removeprefix("ABIDEII-"), row["place"], short.get(row["country"], row["country"] or "-"),
             scanner + star.get("model", star.get("manufacturer", "")), _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
-            _number(row["scans"] or row["subjects"]), _age(row), (row["access"] or "-") + star.get("access", ""),
+            _number(row["scans"] or row["subjects"]), _age(row), access.get(row["access"], row["access"] or "-") + star.get("access", ""),
         )  # fmt: skip
     return table
 
@@ -158,11 +156,13 @@ def show_database(
         sites = {site: {field: known(site, field) for field in SITE_FIELDS} for site in database.sites}
         print(json.dumps({**database.model_dump(), "standing": {**of_database, "sites": sites}}, indent=2, ensure_ascii=False))
         return
+    called = {address: document for document, address in database.documents.items()}
     lines = [f"{database.name}: {database.title}", ""]
     for field, about in of_database.items():
         value = about["value"]
         text = "-" if value is None else ", ".join(f"{k} {_said(v)}" for k, v in value.items()) if isinstance(value, dict) else _said(value)
-        lines.append(f"{field:<13} {text}{'' if about['standing'] != 'unverified' else ' *'}" + (f"  [{about['source']}]" if about["source"] else ""))
+        star, read = " *" * (about["standing"] == "unverified"), called.get(about["source"], about["source"])
+        lines.append(f"{field:<13} {text}{star}" + (f"  [{read}]" if read else ""))
     for field in ("note", "subjects", "scans", "family_column"):
         if getattr(database, field) is not None:
             lines.append(f"{field:<13} {getattr(database, field)}")
