@@ -4,6 +4,7 @@ The catalogue is read inside the commands, so that ``lodbrain --help`` answers a
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -68,7 +69,7 @@ def list_sites(
         if out.exists():
             raise InputError(f"{out}: exists already; a new file is wanted (-o)")
         if form is Form.table:
-            out.write_text(_drawn(_table(rows), width=WIDE), encoding="utf-8")
+            out.write_text(_drawn(_table(rows)), encoding="utf-8")
         else:
             catalogue_table.write(out, rows, form.value)
         print(out)
@@ -90,28 +91,33 @@ def _databases(*, everything: bool) -> list["Database"]:
 
 
 def _table(rows: Iterable[dict]):
+    """As wide as the terminal: a narrow one gets no countries and no terms of access."""
     from rich import box
     from rich.table import Table
 
+    shown = {"database": 0, "site": 0, "place": 0, "country": 110, "scanner": 0, "T": 0, "scans": 0, "age": 0, "access": 90}
+    columns = [name for name, least in shown.items() if _width() >= least]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("database", "site", "place", "country", "scanner", "T", "scans", "age", "access"):
+    for name in columns:
         justify = "right" if name in ("T", "scans", "age") else "left"
-        table.add_column(name, justify=justify, no_wrap=name not in ("place", "scanner"))  # these two give way in a narrow terminal
-    short = {"United States": "USA", "United Kingdom": "UK"}
-    access = {"registration": "register", "agreement": "agree"}
+        table.add_column(name, justify=justify, no_wrap=name not in ("place", "scanner"))  # these two give way
+    short = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree", None: "-"}
     for row in rows:
         star = {name: "*" for name in row["unverified"]}
         scanner = " ".join(filter(None, (row["manufacturer"], row["model"]))) or "-"
-        table.add_row(
-            row["database"], row["site"].removeprefix("ABIDEII-"), row["place"], short.get(row["country"], row["country"] or "-"),
-            scanner + star.get("model", star.get("manufacturer", "")), _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
-            _number(row["scans"] or row["subjects"]), _age(row), access.get(row["access"], row["access"] or "-") + star.get("access", ""),
-        )  # fmt: skip
+        cells = {
+            "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"), "place": row["place"],
+            "country": short.get(row["country"], row["country"]),
+            "scanner": scanner + star.get("model", star.get("manufacturer", "")),
+            "T": _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
+            "scans": _number(row["scans"]), "age": _age(row), "access": short.get(row["access"], row["access"]) + star.get("access", ""),
+        }  # fmt: skip
+        table.add_row(*(cells[name] for name in columns))
     return table
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}" if value < 1e6 else str(value)
+    return "-" if value is None else f"{value:g}"
 
 
 def _age(row: dict) -> str:
@@ -121,14 +127,17 @@ def _age(row: dict) -> str:
     return "-" if row["age_mean_years"] is None else f"{row['age_mean_years']:.0f}"
 
 
-def _drawn(*parts, width: int | None = None) -> str:
-    """As wide as the terminal; wide where there is none, so that nothing is cut."""
+def _width() -> int:
+    """Of the terminal; wide where there is none, so that nothing is cut."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else WIDE
+
+
+def _drawn(part: object) -> str:
     from rich.console import Console
 
-    width = width or (None if sys.stdout.isatty() else WIDE)
-    console = Console(width=width, highlight=False)
+    console = Console(width=_width(), highlight=False, color_system=None)
     with console.capture() as capture:
-        console.print(*parts)
+        console.print(part)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
