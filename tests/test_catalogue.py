@@ -26,7 +26,8 @@ WHOLE = {
     "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40}, "sexes": {"F": 1, "M": 2}, "site_rule": {"prefix": "(A)"},
     "sites": {"A": {
         "place": "P", "country": "Malta", "scanner": "s", "manufacturer": "GE", "model": "M", "field_strength_tesla": 1.5,
-        "voxel_mm": [1.0, 1.0, 1.2], "subjects": 3, "scans": 4, "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40.0}, "sexes": {"F": 1, "M": 2}, "note": "n",
+        "voxel_mm": [1.0, 1.0, 1.2], "subjects": 3, "scans": 4,
+        "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40.0}, "sexes": {"F": 1, "M": 2}, "note": "n",
     }},
     "lod_brain": {"IXI": {"scans": 569, "sites": ["A"]}}, "source": "here", "documents": {"d": "https://example.org/d"}, "sources": {"licence": "d"},
     "unverified": ["sites.*.model"], "known": True,
