@@ -180,8 +180,10 @@ class Train(Section):
         >>> Train(network={"dropout": 0.1, "unet": {"widths": [8, 16]}}).network_of("unet")
         {'dropout': 0.1, 'widths': [8, 16]}
         """
-        own = {key: value for key, value in self.network.items() if not isinstance(value, dict)}
-        return own | self.network.get(name, {})
+        own, chosen = {key: value for key, value in self.network.items() if not isinstance(value, dict)}, self.network.get(name, {})
+        if not isinstance(chosen, dict):
+            raise InputError(f"train.network.{name} is {chosen!r}; settings of that network are wanted below it")
+        return own | chosen
 
     @field_validator("protocol")
     @classmethod

@@ -144,8 +144,28 @@ def test_a_name_that_is_no_network_is_refused(project, monkeypatch):
     wrong = params.train.model_copy(update={"network": {"nett": {"widths": [2]}}})
     with pytest.raises(InputError, match="train.network.nett: no such network"):
         train("unet", params.model_copy(update={"train": wrong}), all_folds())
+    wrong = params.train.model_copy(update={"network": {"unet": 5}})
+    with pytest.raises(InputError, match="train.network.unet is 5; settings of that network are wanted below it"):
+        train("unet", params.model_copy(update={"train": wrong}), all_folds())
     with pytest.raises(InputError, match="'resnet' is not known; one of .*fastsurfer_cnn.* or monai:<class>"):
         train("resnet", params, all_folds())
+
+
+@pytest.mark.parametrize(
+    ("network", "own", "line"),
+    [
+        ("neuronet", {"protocols": {"lod7": 7, "fsl_fast": 9}}, "protocols of neuronet is .*'fsl_fast': 9}; it follows from train.protocol"),
+        ("unet", {"classes": 9}, "classes of unet is 9; it follows from train.protocol, so 7, or nothing, is wanted"),
+        ("fastsurfer_vinn", {"sagittal_classes": 3}, "sagittal_classes of fastsurfer_vinn is 3; .* so 7, or nothing, is wanted"),
+        ("monai:DynUNet", {"net": "UNet"}, "network monai:DynUNet: net: 'UNet', wanted DynUNet"),
+    ],
+)
+def test_what_follows_from_other_settings_is_not_set_otherwise(project, monkeypatch, network, own, line):
+    monkeypatch.chdir(project)
+    params = load_params()
+    wrong = params.train.model_copy(update={"network": {network: own}})
+    with pytest.raises(InputError, match=line):
+        train(network, params.model_copy(update={"train": wrong}), all_folds())
 
 
 def test_weights_say_all_protocols(trained):

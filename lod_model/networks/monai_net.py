@@ -1,8 +1,9 @@
 """Any 3-D network of MONAI, by the name of its class: ``monai:DynUNet``, ``monai:SegResNet``, ``monai:SwinUNETR`` …
 
 They are not rewritten and not changed: MONAI's class is made with one channel in, the protocol's classes out, the window where it wants to know
-an image's size, what ``DEFAULTS`` says where it has no defaults of its own, and ``arguments`` of the configuration. They are trained on cubes with LOD-Brain's soft Dice over the classes
-that a cube has, and predict in overlapping windows, since most of them do not fit a whole head into memory.
+an image's size, what ``DEFAULTS`` says where it has no defaults of its own, and ``arguments`` of the configuration. They are trained on cubes
+with LOD-Brain's soft Dice over the classes that a cube has, and predict in overlapping windows, since most of them do not fit a whole head into
+memory.
 
 Source: Project MONAI, ``monai.networks.nets``; each class names its paper.
 """
@@ -99,8 +100,8 @@ class MONAINet(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # as when it is made
-            said, sides = " ".join(str(error).split()), " × ".join(map(str, x.shape[2:]))
-            raise InputError(f"network monai:{self.config.net}: fails on {sides} voxels ({said}); other arguments, multiple or crops are wanted") from error
+            failed = f"fails on {' × '.join(map(str, x.shape[2:]))} voxels ({' '.join(str(error).split())})"
+            raise InputError(f"network monai:{self.config.net}: {failed}; other arguments, multiple or crops are wanted") from error
         if isinstance(logits, list | tuple):
             logits = logits[0]
         if getattr(logits, "ndim", 0) == 6:  # DynUNet stacks the outputs of its levels
