@@ -77,8 +77,8 @@ class Split(Section):
 
     key: Literal["place", "site", "database", "manufacturer", "scanner", "resolution"] = "place"
     """resolution: the smallest edge of a scan's own voxels in mm, to one decimal, e.g. "0.8"."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Grouped folds, never more than there are groups; every group is held out exactly once."""
+    folds: Count = 5
+    """Grouped folds, never more than there are groups; every group is held out exactly once. 1: none is, and unseen people alone are the test."""
     holdout: tuple[str, ...] = ()
     """Instead of folds: the groups held out together in one fold."""
     guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
