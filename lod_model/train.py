@@ -181,7 +181,7 @@ def _grown(network: str, level: str, previous, params: Params):
     for key, value in given.items():
         if own.get(key, value) != value:
             raise InputError(f"train.network: {key} of {network} is {own[key]}; it follows from train.protocol, so {value}, or nothing, is wanted")
-    config = {**given, **window, **own}
+    config = {**window, **own, **given}  # the protocols in the order of train.protocol, which is that of the label maps
     if level == "coarse":
         return networks.build_coarse(network, config)
     net = networks.build(network, config)

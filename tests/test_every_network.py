@@ -18,7 +18,7 @@ from data_registry.volume import load_labels, save_volume
 from lod_model import evaluate, weights
 from lod_model.cli import app
 from lod_model.data import all_folds
-from lod_model.train import fold_folder, train
+from lod_model.train import _grown, fold_folder, train
 
 PARAMS = """
 networks: [lod_brain, unet, neuronet, fastsurfer_cnn, fastsurfer_vinn, "monai:SegResNet"]
@@ -166,6 +166,15 @@ def test_what_follows_from_other_settings_is_not_set_otherwise(project, monkeypa
     wrong = params.train.model_copy(update={"network": {network: own}})
     with pytest.raises(InputError, match=line):
         train(network, params.model_copy(update={"train": wrong}), all_folds())
+
+
+def test_outputs_stand_in_the_order_of_the_protocols(project, monkeypatch):
+    """Label maps are told apart by it."""
+    monkeypatch.chdir(project)
+    params = load_params()
+    own = {"neuronet": {**params.train.network_of("neuronet"), "protocols": {"fsl_fast": 4, "lod7": 7}}}
+    net = _grown("neuronet", "fine", None, params.model_copy(update={"train": params.train.model_copy(update={"network": own})}))
+    assert list(net.config.protocols) == ["lod7", "fsl_fast"]
 
 
 def test_weights_say_all_protocols(trained):
