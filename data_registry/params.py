@@ -77,8 +77,8 @@ class Split(Section):
 
     key: Literal["place", "site", "database", "manufacturer", "scanner", "resolution"] = "place"
     """resolution: the smallest edge of a scan's own voxels in mm, to one decimal, e.g. "0.8"."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Grouped folds, never more than there are groups; every group is held out exactly once."""
+    folds: Count = 5
+    """Grouped folds, never more than there are groups; every group is held out exactly once. 1: none is, and unseen people alone are the test."""
     holdout: tuple[str, ...] = ()
     """Instead of folds: the groups held out together in one fold."""
     guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
@@ -180,8 +180,10 @@ class Train(Section):
         >>> Train(network={"dropout": 0.1, "unet": {"widths": [8, 16]}}).network_of("unet")
         {'dropout': 0.1, 'widths': [8, 16]}
         """
-        own = {key: value for key, value in self.network.items() if not isinstance(value, dict)}
-        return own | self.network.get(name, {})
+        own, chosen = {key: value for key, value in self.network.items() if not isinstance(value, dict)}, self.network.get(name, {})
+        if not isinstance(chosen, dict):
+            raise InputError(f"train.network.{name} is {chosen!r}; settings of that network are wanted below it")
+        return own | chosen
 
     @field_validator("protocol")
     @classmethod

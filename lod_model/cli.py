@@ -125,7 +125,10 @@ def _print_outcome(outcome: "Outcome") -> None:
 
 
 @app.command()
-def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects.")] = False) -> None:
+def networks(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These, e.g. monai:DynUNet; by default all but MONAI's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects.")] = False,
+) -> None:
     """List the networks in their default configurations.
 
     GMAC: multiply-accumulates of the convolutions of one pass at the stated grid, in thousand millions, as the network is written here.
@@ -136,7 +139,7 @@ def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON lis
     from lod_model.networks.cost import macs
 
     rows, grid = [], "1mm"
-    for name in known.names():
+    for name in names or known.names():
         network = known.build(name)
         rows.append({
             "name": name,

@@ -177,7 +177,11 @@ def _grown(network: str, level: str, previous, params: Params):
     torch.manual_seed(params.train.seed)
     learned = [protocol.load(name) for name in networks.outputs(network, params.train.protocols)]
     window = {"window": params.train.crops.side} if networks.recipe_of(network).samples == "crops" else {}
-    config = {**networks.config_for(network, learned), **window, **params.train.network_of(network)}
+    own, given = params.train.network_of(network), networks.config_for(network, learned)
+    for key, value in given.items():
+        if own.get(key, value) != value:
+            raise InputError(f"train.network: {key} of {network} is {own[key]}; it follows from train.protocol, so {value}, or nothing, is wanted")
+    config = {**window, **own, **given}  # the protocols in the order of train.protocol, which is that of the label maps
     if level == "coarse":
         return networks.build_coarse(network, config)
     net = networks.build(network, config)

@@ -216,6 +216,19 @@ def test_the_outer_zoom_moves_image_labels_and_weights_together(factor):
         assert torch.allclose(after[name][1].float(), found[name][1].float(), atol=1e-5)
 
 
+def test_the_zoom_inside_follows_the_outer_one():
+    """A square of 9 voxels that became wider before the network has voxels that are smaller by as much."""
+    classes = np.zeros((64, 64, 64), np.uint8)
+    classes[28:37, 28:37, 28:37] = 1
+    scan = small_scan(picture(classes.shape), voxel_mm=0.8, fastsurfer79=classes)
+    sample = samples(scan, how=Slices(per_visit=40, outer_scale=0.3, weights=()))[0, 0]
+    sides = (sample["axial_target"] == 1).sum((1, 2)).sqrt().numpy()
+    scales = sample["axial_scale"].numpy()
+    assert scales.std() > 0.2 and np.abs(sides / 9 - scales / 1.25).max() < 0.12
+    noisy = samples(scan, how=Slices(per_visit=40, inner_scale=0.1, outer_scale=0.3, weights=()))[0, 0]["axial_scale"].numpy()
+    assert 0.07 < (noisy - scales).std() < 0.13  # the same outer zooms
+
+
 def test_the_outer_zoom_is_of_training_alone():
     scan = small_scan(picture(), fastsurfer79=labels("fastsurfer79"))
     plain, wide = (samples(scan, how=Slices(outer_scale=deviation))[0, 0] for deviation in (0.0, 0.3))
