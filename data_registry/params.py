@@ -114,8 +114,8 @@ class Slices(Section):
     """Of each view, of one scan; batch_size counts slices."""
     inner_scale: Annotated[float, Field(ge=0)] | None = None
     """Standard deviation of what is added to a slice's zoom inside the network; null: the network's own."""
-    outer_scale: Annotated[float, Field(ge=0)] = 0.0
-    """Standard deviation of the factor by which image and labels are zoomed before the network sees them."""
+    outer_scale: tuple[Annotated[float, Field(ge=0.5, le=2)], Annotated[float, Field(ge=0.5, le=2)]] = (1.0, 1.0)
+    """Range of the factor, uniform, by which image and labels are zoomed before the network sees them; FastSurfer's is 0.8 to 1.15."""
     weights: tuple[Literal["median", "gradient", "hires", "gm"], ...] = ("median", "gradient", "hires", "gm")
     """Parts of a pixel's weight in the loss, see lod_model/pixel_weights.py."""
 
