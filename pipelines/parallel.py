@@ -145,7 +145,7 @@ class _cluster:
             if host and port.isdigit():
                 socket.create_connection((host, int(port)), timeout=JOIN_S).close()  # Ray itself would try for minutes
             self.ray.init(address=self.address, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:  # the last: no token, or another's
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"Ray cluster {self.address} cannot be joined ({reason}); a node of a running cluster is wanted") from None
 
