@@ -157,15 +157,15 @@ def test_a_shard_is_lost_while_training(whole, project, capsys, monkeypatch, fau
     (project / "params.yaml").write_text(PARAMS.replace("WORKERS", str(workers)))
     scan = all_folds()[0]["train"][-1]
     shard = project / "shards" / scan.shard
-    fit = training._fit
+    undisturbed = SampleDataset.__init__
 
-    def lost(*arguments, **names):
-        if arguments[2] == "fine":
+    def lost(self, scans, **settings):
+        undisturbed(self, scans, **settings)
+        if self.level == "fine" and len(scans) > 1:
             fault(shard, scan.row_group)
-        return fit(*arguments, **names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_fit", lost)
+        patch.setattr(SampleDataset, "__init__", lost)
         status, (line,) = command(capsys, training.main, "--network", "lod_brain", "--fold", "0")
     assert status == 2 and line.startswith(f"error: {shard}: ") and FAULTS[fault] in line
     assert line.endswith("run `python -m pipelines.harmonise` again")

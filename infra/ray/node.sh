@@ -11,5 +11,5 @@ cat > "$HOME/.ray/environment" << END
 . "$HOME/.venv/bin/activate"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_USAGE_STATS_ENABLED=0 DVC_NO_ANALYTICS=1
 unset RAY_AUTH_TOKEN
-ulimit -n 65536
+ulimit -Sn "\$(ulimit -Hn)"  # a socket for each worker of each node
 END
