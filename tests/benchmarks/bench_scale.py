@@ -199,8 +199,8 @@ def exchange() -> None:
         two = [json.loads(one.communicate(timeout=300)[0].splitlines()[-1]) for one in pair]
     ms = {name: max(one[name] for one in two) * 1e3 for name in two[0]}
     print(
-        f"\nmeasured here, coarse steps at 32³, one core a process, ms of the processor: alone {ms['alone']:.0f}, two at once {ms['together']:.0f}, with "
-        f"an all-reduce of {parameters():,} float32 {ms['exchanging']:.0f}; that by itself {ms['reduce']:.1f} ms\n"
+        f"\nmeasured here, coarse steps at 32³, one core a process, ms of the processor: alone {ms['alone']:.0f}, two at once {ms['together']:.0f}, "
+        f"with an all-reduce of {parameters():,} float32 {ms['exchanging']:.0f}; that by itself {ms['reduce']:.1f} ms\n"
         f"weak scaling to two {ms['alone'] / (ms['together'] + ms['reduce']):.2f}, of which the exchange "
         f"{ms['together'] / (ms['together'] + ms['reduce']):.3f}"
     )
