@@ -21,7 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model import preempt
+from lod_model import preempt, readers
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 
@@ -71,7 +71,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening():
+            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening(), readers.in_one_line():
                 _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
