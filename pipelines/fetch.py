@@ -6,13 +6,15 @@ Exit status: 0 all is here, 1 some files could not be had (each is named), 2 not
 
 import argparse
 import logging
+import re
+import shutil
 import sys
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_registry.catalogue import Database, find_database
+from data_registry.catalogue import NAME_PATTERN, Database, find_database
 from data_registry.errors import InputError, run_stage
 from pipelines import fetch_terms
 from pipelines.fetch_choice import File, Part, choose_subjects, find_files, find_parts, join_participants
@@ -80,6 +82,8 @@ def fetch(
     Raises :class:`InputError` if the database may not be fetched, its licence is not accepted, the route cannot be read, or its connection
     is gone.
     """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(f"{name!r}: a database's name is letters, digits, '-' and '_'")
     database, to = find_database(name), to or Path("data", name)
     if to.absolute().name != name:
         raise InputError(f"--to {to}: the folder's name becomes the database's; …/{name} is wanted")
@@ -121,7 +125,7 @@ def _list(route: Route, database: Database, choice: Choice, withdrawn: Collectio
         parts = find_parts(route, database, pool)
         gone = sorted(set(withdrawn) & {subject for part in parts for subject in part.subjects})
         if gone:
-            log.info("%s: %d subjects are withdrawn, says %s, and are left out", database.name, len(gone), fetch_terms.WITHDRAWN)
+            log.info("%s: subjects left out because %s names them: %d", database.name, fetch_terms.WITHDRAWN, len(gone))
         chosen = choose_subjects(route, database, parts, sites=choice.sites, subjects=choice.subjects, withdrawn=withdrawn)
         files = find_files(route, parts, chosen, pool, labels=choice.labels)
     if not any(file.path.endswith(("_T1w.nii", "_T1w.nii.gz")) for file in files):
@@ -131,8 +135,6 @@ def _list(route: Route, database: Database, choice: Choice, withdrawn: Collectio
 
 def _check_room(to: Path, missing: list[File]) -> None:
     """A disk that is too small is better known before the night than after it."""
-    import shutil
-
     parts = (aside_of(to, file) for file in missing)
     wanted = sum(file.entry.bytes for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(to).free

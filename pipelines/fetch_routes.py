@@ -84,7 +84,7 @@ def open_route(address: str, *, endpoint_url: str | None = None, timeout_s: floa
     data_registry.errors.InputError: /data/abide1: no such folder; s3://bucket/prefix, https://host/folder with a manifest.tsv, or a folder is wanted
     """
     scheme = urllib.parse.urlsplit(address).scheme if "://" in address else ""
-    if scheme == "s3" and address.strip("/") != "s3:":
+    if scheme == "s3" and urllib.parse.urlsplit(address).netloc:
         return BucketRoute(address.rstrip("/"), endpoint_url, timeout_s, connections)
     if scheme in ("http", "https"):
         return HttpRoute(address, timeout_s)
@@ -205,7 +205,7 @@ class HttpRoute:
                 length = (response.headers.get("Content-Range" if partial else "Content-Length") or "").rpartition("/")[2]
                 if length.isdigit() and int(length) != entry.bytes:
                     page = response.read(512).lstrip().lower().startswith((b"<!doctype html", b"<html"))
-                    raise Damaged(f"{length} bytes are offered{', an HTML page' * page}; {entry.bytes} are wanted")
+                    raise RouteError(f"{length} bytes are offered{', an HTML page' * page}; {entry.bytes} are wanted")
                 passed = 0 if partial else start
                 while passed and (chunk := response.read(min(CHUNK_BYTES, passed))):
                     passed -= len(chunk)

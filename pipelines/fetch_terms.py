@@ -35,8 +35,9 @@ def address_of(database: Database, route: str | None) -> str:
         raise InputError(f"{database.name}: no such database; one of {', '.join(catalogue())} is wanted, or where yours is with --route")
     given = "give the folder of what you downloaded, or a mirror, with --route"
     if database.access != "open":
-        wants = {"registration": "a registration", "agreement": "a signed agreement", None: "nobody knows what"}[database.access]
-        raise InputError(f"{database.name} wants {wants} first, at {database.route or 'its owners'}; then {given}")
+        wants = {"registration": "wants a registration", "agreement": "wants a signed agreement", None: "may want more than a download"}
+        where = database.route or "its owners"
+        raise InputError(f"{database.name} {wants[database.access]}, first go to {where}; then {given}")
     numbers = re.findall(r"\bds\d{6}\b", database.route or "") if (database.route or "").startswith("OpenNeuro") else []
     if len(numbers) == 1:
         return f"s3://openneuro.org/{numbers[0]}"
@@ -61,13 +62,14 @@ def licence_of(database: Database) -> tuple[str, str]:
 def accept(database: Database, accepted: str | None, *, address: str) -> None:
     """Go on if the licence is accepted, now or once before in this project; record it. Else an :class:`InputError`."""
     licence, words = licence_of(database)
+    option = f"--accept-licence {shlex.quote(licence)}"
     key = {"database": database.name, "licence": licence}
     if accepted is not None and accepted != licence:
-        raise InputError(f"--accept-licence {accepted!r}: of {database.name}, {words}; read it, then --accept-licence {shlex.quote(licence)} is wanted")
+        raise InputError(f"--accept-licence {accepted!r}: of {database.name}, {words}; read it, then {option} is wanted")
     if any(row | key == row for row in _table(LICENCES, key)):
         return
     if accepted is None:
-        raise InputError(f"{database.name}: {words}; read it, then --accept-licence {shlex.quote(licence)} is wanted, once in a project")
+        raise InputError(f"{database.name}: {words}; read it, then {option} is wanted, once in a project")
     with open(LICENCES, "a", encoding="utf-8", newline="") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         writer = csv.DictWriter(handle, LICENCE_COLUMNS, delimiter="\t", lineterminator="\n")

@@ -122,18 +122,18 @@ def transfer(route: Route, files: Sequence[File], ledger: Ledger, *, tries: int,
         one = _Fetching(route, ledger, tries, stop, progress)
         for _ in range(min(workers, len(files))):  # daemons: a stopped run does not wait for a connection that hangs
             threading.Thread(target=one.work, args=(waiting, ended), daemon=True).start()
-        faults, cut_in_a_row = {}, 0
+        faults, done, cut_in_a_row = {}, 0, 0
         try:
             for _ in files:
                 file, error = ended.get()
                 if error is not None and not isinstance(error, RouteError):
                     raise error
                 cut_in_a_row = cut_in_a_row + 1 if isinstance(error, Cut) else 0
+                done += error is None
                 if error is not None:
                     faults[file.path] = str(error)
                 if cut_in_a_row >= min(workers, len(files)):
-                    done = f"{len(files) - waiting.qsize() - len(faults)} of {len(files)} files are done"
-                    raise InputError(f"{route.address}: {error}, {tries + 1} times; {done} and the rest is kept, the same command goes on")
+                    raise InputError(f"{route.address}: {error}; {done} of {len(files)} files came and are kept, the same command goes on")
         finally:
             stop.set()
     return faults
