@@ -34,13 +34,18 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How a network is met."""
+class Network:
+    """How it is met."""
 
+    endpoint_url: str | None = None
+    """Of an S3 server; None: AWS_ENDPOINT_URL, else Amazon's."""
     workers: int = 8
     tries: int = 5
     """After the first, while nothing comes."""
     timeout_s: float = 30
+
+
+ALL, ORDINARY = Choice(), Network()
 
 
 def main() -> None:
@@ -56,15 +61,16 @@ def main() -> None:
     parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True, help="label maps that come with the database")
     parser.add_argument("--dry-run", action="store_true", help="say how many files and bytes there are, and fetch nothing")
     parser.add_argument("--verify", action="store_true", help="hash what is here already, and fetch again what has been damaged")
-    parser.add_argument("--workers", type=int, default=Patience.workers, help="files at a time (default: %(default)s)")
-    parser.add_argument("--tries", type=int, default=Patience.tries, help="times that a failed connection is tried again (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=Patience.timeout_s, help="seconds in which something must come (default: %(default)g)")
+    parser.add_argument("--workers", type=int, default=ORDINARY.workers, help="files at a time (default: %(default)s)")
+    parser.add_argument("--tries", type=int, default=ORDINARY.tries, help="times that a failed connection is tried again (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=ORDINARY.timeout_s, help="seconds in which something must come (default: %(default)g)")
     given = parser.parse_args()
     if given.workers < 1 or given.tries < 0 or given.timeout <= 0:
         raise InputError("--workers, --tries, --timeout: at least one worker, no fewer than 0 tries and more than 0 seconds are wanted")
+    choice, network = Choice(given.site, given.subject, given.labels), Network(given.endpoint_url, given.workers, given.tries, given.timeout)
     faults = fetch(
-        given.database, to=given.to, choice=Choice(given.site, given.subject, given.labels), route=given.route, accepted=given.accept_licence,
-        endpoint_url=given.endpoint_url, dry_run=given.dry_run, verify=given.verify, patience=Patience(given.workers, given.tries, given.timeout),
+        given.database, to=given.to, route=given.route, accepted=given.accept_licence, choice=choice, network=network,
+        dry_run=given.dry_run, verify=given.verify,
     )  # fmt: skip
     for path, why in sorted(faults.items()):
         print(f"error: {path}: {why}", file=sys.stderr)
@@ -74,8 +80,8 @@ def main() -> None:
 
 
 def fetch(
-    name: str, *, to: Path | None = None, choice: Choice = Choice(), route: str | None = None, accepted: str | None = None,  # noqa: B008
-    endpoint_url: str | None = None, dry_run: bool = False, verify: bool = False, patience: Patience = Patience(),  # noqa: B008
+    name: str, *, to: Path | None = None, route: str | None = None, accepted: str | None = None, choice: Choice = ALL,
+    network: Network = ORDINARY, dry_run: bool = False, verify: bool = False,
 ) -> dict[str, str]:  # fmt: skip
     """Fetch into ``to``; why some files could not be had, by path.
 
@@ -91,9 +97,9 @@ def fetch(
     address = fetch_terms.address_of(database, route)
     if not dry_run:
         fetch_terms.accept(database, accepted, address=address)
-    opened = open_route(address, endpoint_url=endpoint_url, timeout_s=patience.timeout_s, connections=patience.workers)
+    opened = open_route(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
     try:
-        parts, files = _list(Patient(opened, patience.tries), database, choice, withdrawn, patience.workers)
+        parts, files = _list(Patient(opened, network.tries), database, choice, withdrawn, network.workers)
     except RouteError as error:
         raise InputError(f"{address}: {error}; a route that can be listed is wanted") from None
     ledger = Ledger(to, opened.address, read_only=dry_run)
@@ -108,7 +114,7 @@ def fetch(
         return {}
     with alone(to):
         _check_room(to, missing)
-        faults = transfer(opened, missing, ledger, tries=patience.tries, workers=patience.workers)
+        faults = transfer(opened, missing, ledger, tries=network.tries, workers=network.workers)
         if parts[0].folder:
             join_participants(to, database, parts)
             ledger.add_made("participants.tsv")

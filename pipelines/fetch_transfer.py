@@ -114,6 +114,8 @@ def transfer(route: Route, files: Sequence[File], ledger: Ledger, *, tries: int,
     Raises :class:`InputError` when the connection is gone, that is when as many files in a row as there are workers came to no end, and
     OSError when this machine's disk refuses. What is complete, and what has come of the others, stays for the next time.
     """
+    if not files:
+        return {}
     waiting, ended, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
     for file in files:
         waiting.put(file)

@@ -27,13 +27,13 @@ from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
 from pipelines import fetch_routes, fetch_terms
-from pipelines.fetch import Choice, Patience, fetch
+from pipelines.fetch import Choice, Network, fetch
 from pipelines.fetch_choice import find_files, find_parts
 from pipelines.fetch_routes import Changed, open_route
 from pipelines.index import index
 
 CHECKOUT = Path(__file__).parents[1]
-PATIENCE = Patience(workers=2, tries=1, timeout_s=10)
+NETWORK = Network(workers=2, tries=1, timeout_s=10)
 NAME = "small"
 SITES = {"Ash": "ash", "Oak": "oak"}
 T1W = "sub-01/anat/sub-01_T1w.nii.gz"
@@ -90,7 +90,7 @@ def mirror(tmp_path) -> Path:
 
 
 def get(route: str | Path, **settings) -> dict[str, str]:
-    return fetch(NAME, route=str(route), accepted="CC0", **{"patience": PATIENCE} | settings)
+    return fetch(NAME, route=str(route), accepted="CC0", **{"network": NETWORK} | settings)
 
 
 def there(root: Path = Path("data", NAME)) -> dict[str, bytes]:
@@ -160,7 +160,7 @@ def test_a_cut_connection_is_one_line_and_the_same_command_goes_on(bucket):
     _, prefix, proxy = bucket
     proxy.budget = 1_000_000
     with pytest.raises(InputError, match=rf"^s3://{BUCKET}/{prefix}: .* of {len(WANTED)} files came and are kept, the same command"):
-        get(f"s3://{BUCKET}/{prefix}", patience=Patience(workers=1, tries=1))
+        get(f"s3://{BUCKET}/{prefix}", network=Network(workers=1, tries=1))
     parts = sum(path.stat().st_size for path in Path("data/small/.fetching").glob("*.part"))
     done = {path: content for path, content in there().items() if not path.startswith(".fetching")}
     assert parts > 200_000 and done.items() < WANTED.items()
@@ -187,7 +187,7 @@ def test_part_of_a_version_is_no_beginning_of_another(bucket):
     client, prefix, proxy = bucket
     proxy.budget = 400_000
     with pytest.raises(InputError):
-        get(f"s3://{BUCKET}/{prefix}", choice=Choice(subjects=["sub-01"], labels=False), patience=Patience(workers=1, tries=1))
+        get(f"s3://{BUCKET}/{prefix}", choice=Choice(subjects=["sub-01"], labels=False), network=Network(workers=1, tries=1))
     assert any(Path("data/small/.fetching").glob("*.part")) and not Path("data/small", T1W).exists()
     client.put_object(Bucket=BUCKET, Key=f"{prefix}/{T1W}", Body=(newer := scan(13, 900_000)), ACL="public-read")
     proxy.budget = float("inf")
@@ -208,7 +208,7 @@ def test_http_goes_on_after_a_cut(mirror, ranges):
     manifest(mirror)
     with folder_server(mirror) as web:
         web.ranges, web.cuts, web.cut_after = ranges, 2, 300_000
-        assert get(web.url, patience=Patience(workers=2, tries=2)) == {} and there() == WANTED
+        assert get(web.url, network=Network(workers=2, tries=2)) == {} and there() == WANTED
         again = 0 if ranges else 2 * 300_000
         assert web.sent[T1W] == len(WANTED[T1W]) + again
         web.cuts, web.cut_after = 1000, 100_000
@@ -270,9 +270,9 @@ def test_a_server_that_says_nothing_is_given_up():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         host = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(InputError, match=f"^http://{host}/manifest.tsv: timed out; HTTP has no listing"):
-            get(f"http://{host}", patience=Patience(tries=0, timeout_s=0.1))
+            get(f"http://{host}", network=Network(tries=0, timeout_s=0.1))
         with pytest.raises(InputError, match="^s3://b/x: Read timeout.*; a route that can be listed is wanted$"):
-            get("s3://b/x", endpoint_url=f"http://{host}", patience=Patience(tries=1, timeout_s=0.1))
+            get("s3://b/x", network=Network(f"http://{host}", tries=1, timeout_s=0.1))
 
 
 # From a folder
@@ -372,22 +372,22 @@ def test_a_disk_without_room(mirror, monkeypatch):
 def test_ctrl_c_leaves_nothing_half_written(mirror, project):
     manifest(mirror)
     with folder_server(mirror) as web:
-        web.wait_s = 0.1
-        command = [sys.executable, "-m", "pipelines.fetch", "ibsr2", "--route", web.url, "--accept-licence", "unknown", "--workers", "1"]
+        web.wait_s = 0.2
+        command = [sys.executable, "-m", "pipelines.fetch", "ibsr2", "--route", web.url, "--accept-licence", "unknown", "--workers", "1", "--no-labels"]
         environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
         run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         while not web.sent.get(T1W):
             assert run.poll() is None
             time.sleep(0.01)
         with pytest.raises(InputError, match="another fetch is at work there"):
-            fetch("ibsr2", route=web.url, patience=PATIENCE)
+            fetch("ibsr2", route=web.url, network=NETWORK)
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=10)[1]
         assert run.returncode == 130 and "run the same command again to go on" in said and "Traceback" not in said
         done = {path for path in there(Path("data/ibsr2")) if not path.startswith(".fetching")}
         assert done < set(WANTED) and T1W not in done
         web.wait_s = 0
-        assert fetch("ibsr2", route=web.url, patience=PATIENCE) == {} and there(Path("data/ibsr2")) == WANTED
+        assert fetch("ibsr2", route=web.url, network=NETWORK) == {} and there(Path("data/ibsr2")) == WANTED
 
 
 # Terms
