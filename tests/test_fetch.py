@@ -373,7 +373,7 @@ def test_ctrl_c_leaves_nothing_half_written(mirror, project):
     manifest(mirror)
     with folder_server(mirror) as web:
         web.wait_s = 0.2
-        command = [sys.executable, "-m", "pipelines.fetch", "ibsr2", "--route", web.url, "--accept-licence", "unknown", "--workers", "1", "--no-labels"]
+        command = [sys.executable, "-m", "pipelines.fetch", "ibsr2", "--route", web.url, "--accept-licence", "unknown", "--workers=1", "--no-labels"]
         environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
         run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         while not web.sent.get(T1W):
