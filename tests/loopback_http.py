@@ -50,7 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
             piece = content[begin : min(begin + 2**16, end)]
             time.sleep(self.server.wait_s)
             self.server.sent[path] = self.server.sent.get(path, 0) + len(piece)
-            self.wfile.write(piece)
+            try:
+                self.wfile.write(piece)
+            except ConnectionError:  # the client was stopped
+                return
 
     def log_message(self, *_: object) -> None:
         pass
