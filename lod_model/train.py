@@ -134,7 +134,7 @@ def finished(run: str, fold: int) -> str | None:
 
 def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[Scan]], identity: str, account: Account) -> None:
     """All stages of one fold, then its weights and, last, its ``fold.json``."""
-    from lod_model import networks
+    from lod_model import networks, weights
     from lod_model.feeding import samples_of_a_step
 
     learned = networks.outputs(network, params.train.protocols)
@@ -166,7 +166,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity, "batch_factor": factor,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
     }  # fmt: skip
-    about = {"name": network, "protocol": "+".join(learned), "grid": params.harmonise.grid, "preparation": prepared, "provenance": provenance}
+    about = {"name": network, "protocol": weights.joined(learned), "grid": params.harmonise.grid, "preparation": prepared, "provenance": provenance}
     processes.from_first(lambda: _finish(folder, net.eval(), about, stages, account))
     summary = ", ".join(f"{level} {stage['epochs']} epochs, val Dice {stage['val_dice']:.3f}" for level, stage in stages.items())
     log.info("%s fold %d: %s, %.0f s", params.run_name(network), fold, summary, time.perf_counter() - begin)

@@ -27,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_registry.errors import InputError
-from data_registry.files import replacing
 from data_registry.intensity import ROBUST, Preparation
 from lod_model import checkpoints, networks
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
