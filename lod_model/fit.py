@@ -103,4 +103,4 @@ def _quiet() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="pytorch_lightning|lightning|torch.optim.lr_scheduler")
-    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|log_every_n_steps|pin_memory).*")
+    warnings.filterwarnings("ignore", message=".*(num_workers|LeafSpec|log_every_n_steps|pin_memory|bucket view strides).*")

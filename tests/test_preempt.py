@@ -67,7 +67,8 @@ def fit(folder, module, *, workers=0) -> Line:
     last = ModelCheckpoint(folder, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
     trainer = Trainer(
         max_epochs=EPOCHS, callbacks=[preempt.Stopping(shares, path), last], plugins=[processes.environment(), checkpoints.plugin()],
-        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, accelerator="cpu", devices=1,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, accelerator="cpu",
+        devices=1,
     )  # fmt: skip
     with preempt.listening():
         trainer.fit(module, training, validation, ckpt_path=path if path.is_file() else None, weights_only=True)
