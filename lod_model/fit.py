@@ -23,7 +23,7 @@ class Account:
 
 
 def fit(network: str, net, level: str, params: Params, roles: dict[str, list[Scan]], folder: Path, *, factor: int, account: Account) -> dict:
-    """Fit one stage; in the first process the network ends with the weights of its best epoch. Returns epochs, best validation Dice, history."""
+    """Fit one stage; in the first process the network ends with the weights of its best epoch. Returns what was reached."""
     import torch
     from pytorch_lightning import Trainer, seed_everything
     from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
@@ -61,7 +61,8 @@ def fit(network: str, net, level: str, params: Params, roles: dict[str, list[Sca
         chosen = best.best_model_path if validated and best.best_model_path else resume
         module.load_state_dict(torch.load(chosen, weights_only=True)["state_dict"])
     score = float(best.best_model_score) if validated and best.best_model_score is not None else math.nan
-    return {"epochs": trainer.current_epoch, "val_dice": score, "precision": trainer.precision, "history": history.rows}
+    reached = {"epochs": trainer.current_epoch, "steps": trainer.global_step, "val_dice": score}
+    return reached | {"precision": trainer.precision, "history": history.rows}
 
 
 def precision_of(name: str) -> str:
