@@ -16,16 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_registry import protocol as protocols
 from data_registry.errors import run_stage
 from data_registry.intensity import ROBUST
 from data_registry.params import Params
+from data_registry.shards import block_counts
 from lod_model import checkpoints, processes
 from lod_model import train as stage
 from lod_model.data import Scan
 from lod_model.module import StageModule
 
 PRELOADED = ["several_processes", "pytorch_lightning", "lod_model.tracking_store", "lod_model.feeding", "lod_model.weights"]
-WAIT_S = 120
+WAIT_S = 240
 SIDE = 16
 
 
@@ -39,13 +41,11 @@ class Head(Scan):
         return np.clip(7 - radius, 0, protocol.classes - 1).astype(np.uint8)
 
     def t1w(self, factor=1):
-        image = (self._shells() * 30 + np.random.default_rng(self.row_group).integers(0, 9, [SIDE] * 3)).astype(np.uint8)
+        image = (self.classes(protocols.load("lod7")) * 30 + np.random.default_rng(self.row_group).integers(0, 9, [SIDE] * 3)).astype(np.uint8)
         return image.reshape(*[n for side in image.shape for n in (side // factor, factor)]).max((1, 3, 5)) if factor > 1 else image
 
-    def _shells(self):
-        from data_registry import protocol
-
-        return self.classes(protocol.load("lod7"))
+    def fractions(self, protocol, factor):
+        return block_counts(self.classes(protocol), factor, protocol.classes).astype(np.float32) / factor**3
 
     def has(self, protocol):
         return protocol.name == "lod7" or self.row_group % 2 == 1
@@ -91,6 +91,8 @@ def told(settings: dict, *, disturb: Callable = lambda module: None, still_norms
     def on_before_optimizer_step(self, optimizer):
         gradients = {name: p.grad.clone() for name, p in self.network.named_parameters() if p.grad is not None}
         torch.save(gradients, f"gradient-{rank}-{self.trainer.global_step}")
+        with open(f"rates-{rank}", "a") as file:
+            file.write(f"{optimizer.param_groups[0]['lr']!r}\n")
         return steps(self, optimizer)
 
     StageModule.training_step, StageModule.on_before_optimizer_step = training_step, on_before_optimizer_step

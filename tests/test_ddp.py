@@ -99,9 +99,9 @@ STILL = {"fine": {"epochs": 1, "learning_rate": 1e-12}}  # the weights stay, so 
     ("network", "settings"),
     [
         ("lod_brain", {"batch_size": 5}),
-        ("lod_brain", {"batch_size": 5, "accumulate": 3}),
-        ("neuronet", {"batch_size": 5, "protocol": ["lod7", "fsl_fast"]}),
-        ("fastsurfer_cnn", {"batch_size": 10}),
+        pytest.param("lod_brain", {"batch_size": 5, "accumulate": 3}, marks=pytest.mark.full),
+        pytest.param("neuronet", {"batch_size": 5, "protocol": ["lod7", "fsl_fast"]}, marks=pytest.mark.full),
+        pytest.param("fastsurfer_cnn", {"batch_size": 10}, marks=pytest.mark.full),
     ],
     ids=["dice", "parts", "labels that some lack", "slices"],
 )
@@ -187,6 +187,7 @@ def test_a_full_disk_ends_in_one_line_and_what_stood_stands(tmp_path):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.ckpt"]
 
 
+@pytest.mark.full
 def test_a_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     """Two processes, of which the first cannot write: one line, no traceback, and then the rest."""
     settings = {"batch_size": 2, "fine": {"epochs": 2, "learning_rate": 0.01}}
@@ -196,3 +197,41 @@ def test_a_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     assert "/fine/" in line and "File too large; a place that can be read and written is wanted" in line
     assert on(1, tmp_path, told, settings)[0].status == 0
     assert [row["epoch"] for row in record(tmp_path)["stages"]["fine"]["history"]] == [0, 1] and not list(tmp_path.glob("**/.aside-*"))
+
+
+@pytest.mark.full
+def test_more_processes_than_a_batch_has_samples_take_larger_batches(tmp_path):
+    """Two with the recipe's batch of one: twice the batch, as many steps an epoch as with the recipe's, a larger learning rate that warms up;
+    and the batch stays as it is when one process goes on."""
+    settings = {"fine": {"epochs": 2, "learning_rate": 0.01}, "large_batch": {"warm_up": 0.25}}
+    ends = on(2, tmp_path, told, settings, disturb=Signals(8, signal.SIGTERM))
+    assert [end.status for end in ends] == [preempt.STATUS] * 2, ends
+    assert on(1, tmp_path, told, settings)[0].status == 0
+    steps = seen(tmp_path, 2)
+    assert [len(samples) for _, _, samples in steps] == [2] * 14 and len({tuple(sample) for _, _, samples in steps for sample in samples}) == 28
+    assert record(tmp_path)["batch_factor"] == 2 and record(tmp_path)["stages"]["fine"]["steps"] == 14
+    rates = [float(line) for line in (tmp_path / "rates-0").read_text().split()]
+    warming = [1 + (2**0.5 - 1) * min(1, (step + 1) / 3.5) for step in range(14)]
+    assert rates == pytest.approx([0.01 * part for part in warming])
+
+
+@pytest.mark.full
+def test_a_stop_waits_for_the_end_of_a_batch_in_parts(tmp_path):
+    settings = {"batch_size": 4, "accumulate": 2, "fine": {"epochs": 1, "learning_rate": 0.01}}
+    (end,) = on(1, tmp_path, told, settings, disturb=Signals(0, signal.SIGTERM))
+    assert end.status == preempt.STATUS and "epoch 0, 4 of its 7 samples" in end.said, end.said
+    assert on(1, tmp_path, told, settings)[0].status == 0
+    assert [len(samples) for _, _, samples in seen(tmp_path, 1)] == [4, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"batch_norms": "all"}, "train.batch_norms is all: between processes without GPUs there is no such norm; own, or one process, is wanted"),
+        ({"compile": "network", "fine_patch": 8}, "train.compile is network: windows of train.fine_patch begin elsewhere in each step; none"),
+    ],
+)
+def test_what_does_not_fit_is_said_once(tmp_path, settings, words):
+    ends = on(2, tmp_path, told, settings)
+    assert [end.status for end in ends] == [2, 2]
+    assert f"error: {words}" in ends[0].said and "error" not in ends[1].said
