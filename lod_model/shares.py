@@ -37,7 +37,7 @@ class Shares(Sampler[list[tuple[int, int]]]):
     >>> from types import SimpleNamespace
     >>> order = EpochOrder([SimpleNamespace(database="a", site="b")] * 7, seed=0)
     >>> [[[index for _, index in batch] for batch in Shares(order, 4, rank=rank, world=2)] for rank in range(2)]
-    [[[2, 4], [1]], [[3, 6], [5, 0]]]
+    [[[2, 4], [5]], [[3, 6], [0, 1]]]
     """
 
     def __init__(self, order: EpochOrder, batch_size: int, *, parts: int = 1, rank: int = 0, world: int = 1) -> None:
