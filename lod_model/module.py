@@ -17,6 +17,7 @@ from lod_model.data import COARSE_FACTOR
 from lod_model.fastsurfer_loss import combined_loss
 from lod_model.losses import block_dice_loss, dice_loss
 from lod_model.networks.competitive import VIEWS
+from lod_model.networks.group_norm import GroupNorm
 from lod_model.networks.recipe import Recipe, plateau
 from lod_model.shares import Part, Shares
 
@@ -136,10 +137,13 @@ class StageModule(LightningModule):
 
 
 def compile_passes(network: nn.Module) -> None:
-    """Have torch.compile make code of them, when they are first run."""
+    """Have torch.compile make code of them, when they are first run, but of the exact group norms: their loops over slabs would take hours."""
+    for norm in network.modules():
+        if isinstance(norm, GroupNorm):
+            norm.forward = torch.compiler.disable(norm.forward)
     for name in PASSES:
         if hasattr(network, name):
-            setattr(network, name, torch.compile(getattr(network, name)))
+            setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
 
 
 class VolumeModule(StageModule):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import several_processes
 import torch
 from several_processes import Full, Poison, Signals, on, told
 
-from lod_model import checkpoints, preempt, weights
+from lod_model import checkpoints, networks, preempt, weights
 from lod_model.data import EpochOrder
+from lod_model.module import compile_passes
 from lod_model.shares import Shares, WholeBatches
 from lod_model.train import fold_folder
 
@@ -235,3 +237,18 @@ def test_what_does_not_fit_is_said_once(tmp_path, settings, words):
     ends = on(2, tmp_path, told, settings)
     assert [end.status for end in ends] == [2, 2]
     assert f"error: {words}" in ends[0].said and "error" not in ends[1].said
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile wants")
+def test_a_compiled_network_is_the_network():
+    """The same logits and gradients; its weights have the same names."""
+    network, image = networks.build("unet", {"widths": [2, 4], "dropout": 0.0}), torch.randn(1, 1, 8, 8, 8)
+    network(image).square().mean().backward()
+    wanted, names = {name: p.grad.clone() for name, p in network.named_parameters()}, list(network.state_dict())
+    network.zero_grad()
+    compile_passes(network)
+    network(image).square().mean().backward()
+    assert list(network.state_dict()) == names
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-5)
