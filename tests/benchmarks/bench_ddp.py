@@ -13,6 +13,7 @@ import socket
 import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,7 @@ def _process(rank: int, world: int, port: int, side: int, steps: int, answers) -
     from lod_model import networks
     from lod_model.losses import dice_loss
 
+    warnings.filterwarnings("ignore", message=".*bucket view strides")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     distributed.init_process_group("gloo", rank=rank, world_size=world)
