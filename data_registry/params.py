@@ -91,6 +91,8 @@ class Split(Section):
     train_people: Annotated[Count | None, LeftOutIf(None)] = None
     """Train on so many people alone, spread over sites, those of a smaller number among those of a larger; null: on all. What is validated
     and tested on stays."""
+    quality: Annotated[Literal["report", "exclude_fail"], LeftOutIf("report")] = "report"
+    """report: what the stage quality says leaves no scan out. exclude_fail: scans whose verdict is fail are in no fold, with their reason."""
     seed: int = 0
 
 

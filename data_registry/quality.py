@@ -21,6 +21,7 @@ from data_registry.resample import bounding_box
 
 CLASSES = "lod7"
 SIDES = "synthseg33"
+LEFT, RIGHT = 1, 2
 LATTICE_MM, BLOCK_MM, CUBE_MM, AROUND_HEAD_MM = 2.0, 4.0, 32.0, 8.0
 RAYLEIGH_SD = float(np.sqrt(2 - np.pi / 2))
 """Standard deviation of the magnitude of pure noise, by that of its two channels (Gudbjartsson & Patz, MRM 34:910, 1995)."""
@@ -116,10 +117,25 @@ def cut_cm2(tissue: np.ndarray, voxel_mm: float) -> list[float]:
     return areas
 
 
-def asymmetry(voxels_of_id: np.ndarray) -> float | None:
-    """(left − right) / their mean, of all voxels whose FreeSurfer id has a side; None without any."""
-    left, right = (int(voxels_of_id[which].sum()) for which in _sides())
+def asymmetry(left: int, right: int) -> float | None:
+    """(left − right) / their mean, of volumes; None where there is neither.
+
+    >>> asymmetry(110, 90), asymmetry(0, 0)
+    (0.2, None)
+    """
     return 2 * (left - right) / (left + right) if left + right else None
+
+
+def apart_mm(left: np.ndarray, right: np.ndarray, voxel_mm: float) -> float | None:
+    """How far the centre of the left's voxels lies to the left of the right's, mm, from their numbers (D,) along the axis that grows to the left.
+
+    >>> apart_mm(np.array([0, 0, 0, 5]), np.array([2, 2, 0, 0]), 2.0)
+    5.0
+    """
+    if not left.sum() or not right.sum():
+        return None
+    planes = np.arange(len(left))
+    return float(((left * planes).sum() / left.sum() - (right * planes).sum() / right.sum()) * voxel_mm)
 
 
 def spread(values: np.ndarray, cubes: np.ndarray) -> tuple[float | None, float | None]:
@@ -159,14 +175,16 @@ def interior(labels: np.ndarray) -> np.ndarray:
 def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, noise: float | None) -> dict:
     """Figures that labels give, of the box around them; none where lod7 knows none of them."""
     box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in bounding_box(ids))
-    labels = _classes()[ids[box]]
+    labels = class_of_id()[ids[box]]
     brain = labels > 0
     if not brain.any():
         return {}
     everywhere = np.zeros(grey.shape, bool)
     everywhere[box] = brain
     figures = {"brain_cut_cm2": cut_cm2(everywhere, voxel_mm), "labels_outside": float(1 - in_head[box][brain].mean())}
-    figures["asymmetry"] = asymmetry(np.bincount(ids[box].ravel(), minlength=65536))
+    sides = _sides()[ids[box]]
+    left, right = ((sides == side).sum((1, 2)) for side in (LEFT, RIGHT))
+    figures |= {"asymmetry": asymmetry(int(left.sum()), int(right.sum())), "left_mm": apart_mm(left, right, voxel_mm)}
     number, voxel_ml = np.bincount(labels.ravel(), minlength=7)[1:], voxel_mm**3 / 1000
     figures["volumes_ml"] = [{"class_name": name, "ml": float(n * voxel_ml)} for name, n in zip(_protocol().foreground, number, strict=True)]
     bright = float(np.searchsorted(np.cumsum(np.bincount(grey.ravel(), minlength=256)), 0.9995 * grey.size))
@@ -266,16 +284,15 @@ def _protocol() -> protocols.Protocol:
 
 
 @functools.cache
-def _classes() -> np.ndarray:
+def class_of_id() -> np.ndarray:
     """(65536,) uint8: class of each id, 0 for what lod7 leaves out or does not name."""
     table = _protocol().table
     return np.where(table < _protocol().classes, table, 0).astype(np.uint8)
 
 
 @functools.cache
-def _sides() -> tuple[np.ndarray, np.ndarray]:
-    """(65536,) bool each: ids of the left and of the right."""
+def _sides() -> np.ndarray:
+    """(65536,) uint8: LEFT or RIGHT for ids that have a side, else 0."""
     table = protocols.load(SIDES)
-    named = np.minimum(table.table, table.classes)
-    left, right = (np.array([*(side == wanted for side in table.sides), False])[named] for wanted in ("left", "right"))
-    return left, right
+    codes = np.array([{"left": LEFT, "right": RIGHT}.get(side, 0) for side in (*table.sides, "none")], dtype=np.uint8)
+    return codes[np.minimum(table.table, table.classes)]

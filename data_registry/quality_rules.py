@@ -16,7 +16,8 @@ Bounds:
   J Neurosci 28:12176, 2008), with room; grey matter is largest at 6 years, white matter at 29, ventricles grow to the end (Bethlehem et al., Nature
   604:525, 2022). Shares of the brain, which hardly depend on its size: means are .43 .04 .39 .13 .02 in adults (AOMIC) and .41 .04 .40 .12 .02 in
   elders (OASIS3) by FreeSurfer; bounds leave room for childhood and atrophy.
-- Head at the edge: a whole head has less than 1 cm² of tissue on the superior face, and noses, ears and coils a few on others; the neck's is free.
+- Head at the edge: whole heads of the test data have less than 1 cm² of tissue on the superior face and a few on others, up to
+  112 where the field of view is narrow; a mid-sagittal cut has 400. The neck's is free.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ MIN_CNR = 1.0
 MAX_OUTSIDE, FAIL_OUTSIDE = 0.05, 0.2
 MAX_ASYMMETRY = 0.1
 MAX_CUT_CM2, FAIL_CUT_CM2 = 2.0, 50.0
+FAIL_HEAD_CUT_CM2 = 200.0
 HEAD_CUT_CM2: Mapping[str, float] = {"superior": 20.0, "right": 60.0, "left": 60.0, "posterior": 60.0, "anterior": 60.0}
 SHARES: Mapping[str, tuple[float, float]] = {
     "grey matter": (0.30, 0.60),
@@ -108,7 +110,8 @@ def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[s
             (failures if area > FAIL_CUT_CM2 else doubts).append(sentence)
     for face, area in zip(FACES, figures.get("head_cut_cm2") or (), strict=False):
         if area > HEAD_CUT_CM2.get(face, np.inf):
-            doubts.append(f"{area:.0f} cm² of the head lie on the {face} face of the field of view; at most {HEAD_CUT_CM2[face]:g} cm² is expected")
+            sentence = f"{area:.0f} cm² of the head lie on the {face} face of the field of view; at most {HEAD_CUT_CM2[face]:g} cm² is expected"
+            (failures if area > FAIL_HEAD_CUT_CM2 else doubts).append(sentence)
     volumes = {item["class_name"]: item["ml"] for item in figures.get("volumes_ml") or ()}
     if volumes:
         bad, doubtful = _volumes(volumes, age_years)
@@ -118,6 +121,9 @@ def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[s
     if sides is not None and abs(sides) > MAX_ASYMMETRY:
         larger = "left" if sides > 0 else "right"
         doubts.append(f"the {larger} side's labels are {abs(sides):.0%} larger than the other's; at most {MAX_ASYMMETRY:.0%} is expected")
+    apart = figures.get("left_mm")
+    if apart is not None and apart <= 0:
+        failures.append(f"the left's labels lie {-apart:.0f} mm to the right of the right's; they are expected on the left (a flipped map?)")
     for name in ASKED:
         if (beside or {}).get(name, 0) > SITE_DEVIATIONS:
             doubts.append(

@@ -72,6 +72,8 @@ SITES = pa.schema([
     _column("unverified", pa.list_(pa.string()), "columns whose value no document confirms"),
 ])
 
+VOLUMES = pa.list_(pa.struct([("class_name", pa.string()), ("ml", pa.float32())]))
+
 SAMPLES = pa.schema([
     _column("scan_id", pa.string(), "as in scans"),
     _column("database", pa.string(), "as in scans"),
@@ -94,8 +96,35 @@ SAMPLES = pa.schema([
     _column("mean", pa.float64(), "of the T1w over the whole grid, padding included", "uint8 intensity"),
     _column("deviation", pa.float64(), "population standard deviation over the whole grid", "uint8 intensity"),
     _column("histogram", pa.list_(pa.int64()), "voxels of each uint8 intensity", "voxels"),
-    _column("label_volumes_ml", pa.list_(pa.struct([("class_name", pa.string()), ("ml", pa.float32())])),
-            "volume of each foreground class of the stored block protocol", "mL"),
+    _column("label_volumes_ml", VOLUMES, "volume of each foreground class of the stored block protocol", "mL"),
+])
+
+QUALITY = pa.schema([
+    _column("scan_id", pa.string(), "as in scans"),
+    _column("database", pa.string(), "as in scans"),
+    _column("site", pa.string(), "as in scans"),
+    _column("shard_sha256", pa.string(), "of the shard that was looked at"),
+    _column("verdict", pa.string(), "pass, review or fail; rules and bounds stand in data_registry/quality_rules.py"),
+    _column("reasons", pa.list_(pa.string()), "a sentence each, with the figure and the bound"),
+    _column("suspicion", pa.float64(), "what the page sorts by: 100 for fail, 10 a reason, deviations from the site up to 9"),
+    _column("snr_gm", pa.float64(), "median of grey matter / its standard deviation within cubes of 32 mm; figures are null where they are not defined", "1"),
+    _column("snr_wm", pa.float64(), "the same of white matter", "1"),
+    _column("cnr", pa.float64(), "(WM − GM) / √(their variances and that of the air), medians; negative: white matter is darker", "1"),
+    _column("cjv", pa.float64(), "coefficient of joint variation: sum of their standard deviations / |WM − GM|", "1"),
+    _column("wm2max", pa.float64(), "median of white matter / 99.95 % point of all intensities", "1"),
+    _column("unevenness", pa.float64(), "(95 % − 5 % point) / median of white matter's means in cubes of 32 mm", "1"),
+    _column("efc", pa.float64(), "entropy focus criterion, 0 to 1", "1"),
+    _column("noise", pa.float64(), "of one channel, by the air's standard deviation and Rayleigh's distribution", "uint8 intensity"),
+    _column("snrd", pa.float64(), "median of the head / noise", "1"),
+    _column("fber", pa.float64(), "foreground to background energy: median of squares, head / air", "1"),
+    _column("ghost_share", pa.float64(), "share of the air's 4 mm blocks that are brighter than the median by 5 robust deviations", "1"),
+    _column("air_reason", pa.string(), "why figures of the air are null; null if they are not"),
+    _column("head_cut_cm2", pa.list_(pa.float64()), "head on the faces of the field of view: right left superior inferior posterior anterior", "cm²"),
+    _column("brain_cut_cm2", pa.list_(pa.float64()), "labelled brain on the same faces; null without labels", "cm²"),
+    _column("labels_outside", pa.float64(), "share of the labelled brain that lies outside the head", "1"),
+    _column("asymmetry", pa.float64(), "(left − right) / their mean, volumes of sided labels", "1"),
+    _column("left_mm", pa.float64(), "how far the left's labels lie to the left of the right's", "mm"),
+    _column("volumes_ml", VOLUMES, "of lod7's classes, by one voxel in each 2 mm", "mL"),
 ])
 
 SPLIT = pa.schema([
@@ -126,7 +155,7 @@ RESULTS = pa.schema([
     _column("weights_hash", pa.string(), "of the network's tensors"),
 ])
 
-TABLES = {"scans": SCANS, "samples": SAMPLES, "split": SPLIT, "results": RESULTS}
+TABLES = {"scans": SCANS, "samples": SAMPLES, "quality": QUALITY, "split": SPLIT, "results": RESULTS}
 
 
 def write_table(path: str | os.PathLike, name: str, rows: Sequence[dict], *, metadata: dict[str, str] | None = None) -> None:

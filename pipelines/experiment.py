@@ -71,7 +71,8 @@ def run(name: str, arms: dict[str, Params], out: Path) -> None:
     for number, folder in enumerate(dict.fromkeys(folders.values()), start=1):
         params = next(params for arm, params in arms.items() if folders[arm] == folder)
         _settle(folder, params, folder, name)
-        for stage in ("index", "harmonise"):
+        judged = any(params.split.quality != "report" for arm, params in arms.items() if folders[arm] == folder)
+        for stage in ("index", "harmonise", *(["quality"] if judged else [])):
             _stage(folder, f"pipelines.{stage}", where=f"data {number} of {len(set(folders.values()))}, {params.harmonise.grid}")
     for number, (arm, params) in enumerate(arms.items(), start=1):
         _run_arm(f"arm {number} of {len(arms)}, {arm}", f"{name}_{arm}", params, folders[arm], out / "arms" / arm)
@@ -80,7 +81,8 @@ def run(name: str, arms: dict[str, Params], out: Path) -> None:
 def _run_arm(where: str, name: str, params: Params, data: Path, folder: Path) -> None:
     """Split, train and evaluate in the arm's folder, on the shards of ``data``; ``arm.json`` is written last."""
     code = [sha256(CHECKOUT / path) for path in CODE]
-    tables = [sha256(data / "tables" / table) for table in SHARED_TABLES]
+    shared = SHARED_TABLES + (("quality.parquet",) if params.split.quality != "report" else ())
+    tables = [sha256(data / "tables" / table) for table in shared]
     versions = [protocol.load(table).version for table in params.train.protocols]
     identity = fingerprint(params.model_dump(mode="json", exclude={"resources", "index"}), tables, versions, code)
     done = folder / "arm.json"
@@ -88,7 +90,7 @@ def _run_arm(where: str, name: str, params: Params, data: Path, folder: Path) ->
         log.info("%s: finished before", where)
         return
     _settle(folder, params, data, name)
-    for table in SHARED_TABLES:
+    for table in shared:
         with replacing(folder / "tables" / table) as aside:
             shutil.copyfile(data / "tables" / table, aside)
     _stage(folder, "pipelines.split", where=where)

@@ -12,6 +12,7 @@ from data_registry.params import load_params
 from data_registry.schema import read_table, write_table
 from pipelines.harmonise import SAMPLES_TABLE
 from pipelines.index import SCANS_TABLE
+from pipelines.quality import QUALITY_TABLE
 
 log = logging.getLogger("lodbrain.split")
 SPLIT_TABLE = Path("tables/split.parquet")
@@ -26,14 +27,19 @@ def main() -> None:
     asked = " or ".join(params.train.protocols)
     wanted = list(dict.fromkeys(source for name in params.train.protocols for source in protocol.load(name).sources))
     labelled = [row for row in samples if set(row["label_sources"]) & set(wanted)]
+    failed = _failed(labelled) if params.split.quality == "exclude_fail" else {}
+    labelled = [row for row in labelled if row["scan_id"] not in failed]
     usable = [scans[row["scan_id"]] | {"resolution": split.resolution(row["native_affine"])} for row in labelled]
     unlabelled = [row for row in samples if not set(row["label_sources"]) & set(wanted)]
+    if failed and not usable:
+        raise InputError(f"{QUALITY_TABLE}: the verdict on all {len(failed)} labelled scans is fail; a scan is wanted (or split.quality: report)")
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
     rows, notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
     general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
+    general += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
@@ -60,6 +66,15 @@ def main() -> None:
     for line in [*general, *(f"fold {fold}: {note}" for fold, these in enumerate(notes) for note in these)]:
         log.warning(line)
     log.info("%s: %d folds over %d scans, hash %s, no leak in %d checks", SPLIT_TABLE, folds, len(usable), digest[:12], len(proof))
+
+
+def _failed(samples: list[dict]) -> dict[str, str]:
+    """Scans whose verdict is fail, with the first reason; InputError where the table is not about these samples."""
+    known = {row["scan_id"]: row for row in read_table(QUALITY_TABLE, "quality").to_pylist()}
+    for row in samples:
+        if row["scan_id"] not in known or known[row["scan_id"]]["shard_sha256"] != row["shard_sha256"]:
+            raise InputError(f"{QUALITY_TABLE}: not about {row['scan_id']} as it stands in {SAMPLES_TABLE}; run `python -m pipelines.quality` again")
+    return {row["scan_id"]: known[row["scan_id"]]["reasons"][0] for row in samples if known[row["scan_id"]]["verdict"] == "fail"}
 
 
 def _has(sample: dict) -> str:
