@@ -221,7 +221,8 @@ def _of_air(grey: np.ndarray, head: np.ndarray, block: int, voxel_mm: float) -> 
     outside, air = int((~around).sum()), ~around & (sums > 0)
     blocks = int(air.sum())
     if blocks < LEAST_AIR_BLOCKS:
-        return NO_AIR | {"air_reason": f"{blocks} blocks of {block * voxel_mm:.3g} mm with signal lie outside the head; {LEAST_AIR_BLOCKS} are wanted"}
+        size = f"{block * voxel_mm:.3g} mm"
+        return NO_AIR | {"air_reason": f"{blocks} blocks of {size} with signal lie outside the head; {LEAST_AIR_BLOCKS} are wanted"}
     if blocks < LEAST_AIR_SHARE * outside:
         return NO_AIR | {"air_reason": f"the background is empty in {1 - blocks / outside:.0%} of the field of view (stripped, masked or padded)"}
     histogram = np.bincount(_cropped(grey, block)[_repeated(air, block)], minlength=256)

@@ -12,12 +12,12 @@ Bounds:
 - Beside its site: deviations by the median and the scaled median absolute deviation of the site's scans (at least 8), at least 5 % of the median, in
   the direction that is worse. More than 3.5 in CJV or white matter's signal to noise: 9 % of ABIDE's excluded scans, 1.4 % of the others.
   It asks for a review only: it says that a scan is unlike its neighbours, not that it is bad.
-- Volumes of adults as in ``lodbrain segment``'s verdict. Younger brains: 36 % of the adult size at term, 72 % at one year, 83 % at two (Knickmeyer et al.,
-  J Neurosci 28:12176, 2008), with room; grey matter is largest at 6 years, white matter at 29, ventricles grow to the end (Bethlehem et al., Nature
+- Volumes of adults as in ``lodbrain segment``'s verdict. Younger brains: 36 % of the adult size at term, 72 % at one year, 83 % at two (Knickmeyer et
+  al., J Neurosci 28:12176, 2008), with room; grey matter is largest at 6 years, white matter at 29, ventricles grow in age (Bethlehem et al., Nature
   604:525, 2022). Shares of the brain, which hardly depend on its size: means are .43 .04 .39 .13 .02 in adults (AOMIC) and .41 .04 .40 .12 .02 in
   elders (OASIS3) by FreeSurfer; bounds leave room for childhood and atrophy.
-- Head at the edge: whole heads of the test data have less than 1 cm² of tissue on the superior face and a few on others, up to
-  112 where the field of view is narrow; a mid-sagittal cut has 400. The neck's is free.
+- Head at the edge: whole heads of the test data have less than 1 cm² of tissue on the superior face and a few on others, up to 112 where the field
+  of view is narrow; a mid-sagittal cut has 400. The neck's is free.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,10 +108,9 @@ def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[s
         if area > MAX_CUT_CM2:
             sentence = f"the {face} face of the field of view cuts {area:.0f} cm² of labelled brain; at most {MAX_CUT_CM2:g} cm² is expected"
             (failures if area > FAIL_CUT_CM2 else doubts).append(sentence)
-    for face, area in zip(FACES, figures.get("head_cut_cm2") or (), strict=False):
-        if area > HEAD_CUT_CM2.get(face, np.inf):
-            sentence = f"{area:.0f} cm² of the head lie on the {face} face of the field of view; at most {HEAD_CUT_CM2[face]:g} cm² is expected"
-            (failures if area > FAIL_HEAD_CUT_CM2 else doubts).append(sentence)
+    bad, doubtful = _head_cut(dict(zip(FACES, figures.get("head_cut_cm2") or (), strict=False)))
+    failures += bad
+    doubts += doubtful
     volumes = {item["class_name"]: item["ml"] for item in figures.get("volumes_ml") or ()}
     if volumes:
         bad, doubtful = _volumes(volumes, age_years)
@@ -126,10 +125,21 @@ def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[s
         failures.append(f"the left's labels lie {-apart:.0f} mm to the right of the right's; they are expected on the left (a flipped map?)")
     for name in ASKED:
         if (beside or {}).get(name, 0) > SITE_DEVIATIONS:
-            doubts.append(
-                f"{TOLD[name]} is {figures[name]:.3g}, {beside[name]:.1f} deviations worse than the site's median; at most {SITE_DEVIATIONS} is expected"
-            )
+            far = f"{beside[name]:.1f} deviations worse than the site's median; at most {SITE_DEVIATIONS} is expected"
+            doubts.append(f"{TOLD[name]} is {figures[name]:.3g}, {far}")
     return "fail" if failures else "review" if doubts else "pass", failures + doubts
+
+
+def _head_cut(areas: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Failures and doubts about the head on the faces of the field of view, cm² by face."""
+    over = {face: area for face, area in areas.items() if area > HEAD_CUT_CM2.get(face, np.inf)}
+    if len(over) == len(HEAD_CUT_CM2):
+        return [f"what is bright has {min(over.values()):.0f} cm² and more on every face of the field of view: no head stands out from noise"], []
+    told = {
+        face: f"{area:.0f} cm² of the head lie on the {face} face of the field of view; at most {HEAD_CUT_CM2[face]:g} cm² is expected"
+        for face, area in over.items()
+    }
+    return [told[face] for face in over if over[face] > FAIL_HEAD_CUT_CM2], [told[face] for face in over if over[face] <= FAIL_HEAD_CUT_CM2]
 
 
 def _volumes(volumes: Mapping[str, float], age_years: float | None) -> tuple[list[str], list[str]]:

@@ -52,7 +52,8 @@ def main() -> None:
     table = verdicts(samples, {name: one["figures"] for name, one in found.items()}, {name: row["age_years"] for name, row in scans.items()})
     write_pages(PAGES, table, {name: one["picture"] for name, one in found.items()}, left_out)
     write_table(QUALITY_TABLE, "quality", [{key: value for key, value in row.items() if key != "beside"} for row in table])
-    for path in {*FOUND.glob("*.json"), *FOUND.glob(".aside-*")} - {Path(item["found"]) for item in items}:
+    wanted = {Path(item["found"]).name for item in items}
+    for path in [path for path in FOUND.iterdir() if path.name not in wanted]:
         path.unlink()
     number = {verdict: sum(row["verdict"] == verdict for row in table) for verdict in ("pass", "review", "fail")}
     log.info("%s: %d scans, %s", QUALITY_TABLE, len(table), ", ".join(f"{count} {verdict}" for verdict, count in number.items()))

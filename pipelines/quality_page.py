@@ -28,6 +28,7 @@ NAMES = TOLD | {"snr_gm": "signal to noise of grey matter", "efc": "entropy focu
 def thumbnail(t1w: np.ndarray, ids: np.ndarray | None) -> bytes:
     """JPEG, SIDE × 3 SIDE pixels: axial, coronal and sagittal slice of a T1w (D, H, W) uint8 LIA, the brain's labels outlined."""
     from PIL import Image
+    from scipy import ndimage
 
     brain = None if ids is None else class_of_id()[ids[::2, ::2, ::2]] > 0
     left, inferior, anterior = _middle(t1w, brain)
@@ -39,12 +40,12 @@ def thumbnail(t1w: np.ndarray, ids: np.ndarray | None) -> bytes:
         if ids is not None:
             inside = (class_of_id()[ids[cut].T if turned else ids[cut]] > 0).view(np.uint8)
             inside = np.array(Image.fromarray(np.ascontiguousarray(inside)).resize((SIDE, SIDE), Image.Resampling.NEAREST)) > 0
-            core = inside.copy()
-            core[1:-1, 1:-1] &= inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-            panel[inside & ~core] = OUTLINE
+            closed = ndimage.binary_closing(np.pad(inside, 8), iterations=4)  # the brain's rim, not each sulcus
+            inside = ndimage.binary_fill_holes(closed)[8:-8, 8:-8]
+            panel[inside & ~ndimage.binary_erosion(inside)] = OUTLINE
         panels.append(panel)
     file = io.BytesIO()
-    Image.fromarray(np.concatenate(panels, axis=1)).save(file, format="JPEG", quality=80)
+    Image.fromarray(np.concatenate(panels, axis=1)).save(file, format="JPEG", quality=75, subsampling=0)
     return file.getvalue()
 
 
@@ -83,8 +84,8 @@ def write_pages(folder: Path, table: list[dict], pictures: dict[str, str], left_
     common = {"figures": FIGURES, "names": NAMES, "pictures": pictures, "side": SIDE}
     suspicious = [row for row in ordered if row["verdict"] != "pass"]
     shown = ordered[: max(20, min(SHOWN, len(suspicious)))]
-    files = {"quality.html": {"title": "Quality of all scans", "scans": shown, "total": len(table), "sites": summary, "left_out": left_out[:LEFT_OUT_SHOWN],
-                              "left_out_total": len(left_out), "more": len(suspicious) - len(shown)}}  # fmt: skip
+    more = {"left_out": left_out[:LEFT_OUT_SHOWN], "left_out_total": len(left_out), "more": len(suspicious) - len(shown)}
+    files = {"quality.html": {"title": "Quality of all scans", "scans": shown, "total": len(table), "sites": summary} | more}
     for name, rows in sites.items():
         files[pages[name]] = {"title": name, "scans": rows, "total": len(rows), "sites": [], "left_out": [], "left_out_total": 0, "more": 0}
     for name, content in files.items():

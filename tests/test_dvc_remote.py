@@ -159,7 +159,7 @@ def test_shards_in_a_bucket_under_dvc(lab, tmp_path):
     settings |= {"harmonise": {"grid": "16mm"}, "split": {"folds": 3}, "resources": {"shards": "s3://lab/own/shards"}}
     (project / "params.yaml").write_text(yaml.safe_dump(settings))
     assert [line for line in bash("dvc repro split", project).splitlines() if line.startswith("Running")] == [
-        f"Running stage '{stage}':" for stage in ("index", "harmonise", "split")
+        f"Running stage '{stage}':" for stage in ("index", "harmonise", "quality", "split")
     ]  # fmt: skip
     assert list((project / "shards").iterdir()) == []
     assert "'harmonise' didn't change" in bash("dvc repro split", project)

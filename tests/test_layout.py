@@ -57,7 +57,7 @@ def test_the_command_line_loads_nothing_heavy():
 
 def test_a_stage_is_one_word():
     stages = yaml.safe_load((CHECKOUT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["index", "harmonise", "split", "train", "evaluate", "report"]
+    assert list(stages) == ["index", "harmonise", "quality", "split", "train", "evaluate", "report"]
     for stage, content in stages.items():
         room = next(room for room in ("pipelines", "lod_model") if (CHECKOUT / room / f"{stage}.py").is_file())
         assert content["cmd"].startswith(f"python -m {room}.{stage}")

@@ -39,7 +39,7 @@ def project(tmp_path_factory) -> Path:
             add_subject(data / name, f"{subject:02d}", seed=10 * number + subject)
     folder = data_project(data, tmp_path_factory.mktemp("project"))
     change(folder, lambda s: s.update(harmonise={"grid": "16mm"}, train=TRAIN))
-    assert repro(folder) == ["index", "harmonise", "split", "train@lod_brain", "evaluate", "report"]
+    assert repro(folder) == ["index", "harmonise", "quality", "split", "train@lod_brain", "evaluate", "report"]
     return folder
 
 
@@ -70,7 +70,7 @@ def test_what_runs_again(project):
     before = {path: sha256(path) for path in (project / "shards").rglob("*.parquet")}
     roots = yaml.safe_load((project / "params.yaml").read_text())["index"]["roots"]
     add_subject(Path(roots[0]) / "beta", "77", seed=77)
-    assert repro(project) == ["index", "harmonise", "split", "train@lod_brain", "evaluate", "report"]
+    assert repro(project) == ["index", "harmonise", "quality", "split", "train@lod_brain", "evaluate", "report"]
     after = {path: sha256(path) for path in (project / "shards").rglob("*.parquet")}
     changed = [path for path, digest in after.items() if before.get(path) != digest]
     assert len(changed) == 1 and changed[0].parent.name == "site=beta.beta" and set(before) <= set(after)
