@@ -50,11 +50,15 @@ def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, nati
     grey = np.ascontiguousarray(t1w[lattice])
     block = max(1, round(BLOCK_MM / lattice_mm))
     head, level = head_of(grey, block=block)
-    figures = {"efc": efc(np.bincount(grey.ravel(), minlength=256))}
+    histogram = np.bincount(grey.ravel(), minlength=256)
+    figures = {"own_voxel_mm": float(np.linalg.norm(native_affine[:3, :3], axis=0).max()), "efc": efc(histogram)}
     figures |= _of_air(grey, head, block, lattice_mm) if untouched else dict(NO_AIR)
     in_head = _upsampled(head, block, grey.shape)
     figures["head_cut_cm2"] = cut_cm2(in_head & (grey > level), lattice_mm)
-    return figures if ids is None else figures | _of_labels(grey, ids[lattice], in_head, lattice_mm, figures["noise"])
+    if ids is None:
+        return figures
+    bright = float(np.searchsorted(np.cumsum(histogram), 0.9995 * grey.size))
+    return figures | _of_labels(grey, np.ascontiguousarray(ids[lattice]), in_head, lattice_mm, noise=figures["noise"] or 0.0, bright=bright)
 
 
 def field_of_view(affine: np.ndarray, native_affine: np.ndarray, native_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -172,8 +176,8 @@ def interior(labels: np.ndarray) -> np.ndarray:
     return same
 
 
-def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, noise: float | None) -> dict:
-    """Figures that labels give, of the box around them; none where lod7 knows none of them."""
+def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
+    """Figures that labels give, of the box around them; none where lod7 knows none of them. ``bright``: the 99.95 % point of all intensities."""
     box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in bounding_box(ids))
     labels = class_of_id()[ids[box]]
     brain = labels > 0
@@ -187,12 +191,11 @@ def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm:
     figures |= {"asymmetry": asymmetry(int(left.sum()), int(right.sum())), "left_mm": apart_mm(left, right, voxel_mm)}
     number, voxel_ml = np.bincount(labels.ravel(), minlength=7)[1:], voxel_mm**3 / 1000
     figures["volumes_ml"] = [{"class_name": name, "ml": float(n * voxel_ml)} for name, n in zip(_protocol().foreground, number, strict=True)]
-    bright = float(np.searchsorted(np.cumsum(np.bincount(grey.ravel(), minlength=256)), 0.9995 * grey.size))
-    return figures | _of_tissues(grey[box], labels, voxel_mm, noise=noise or 0.0, bright=bright)
+    return figures | _of_tissues(grey[box], labels, voxel_mm, noise=noise, bright=bright)
 
 
 def _of_tissues(grey: np.ndarray, labels: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
-    """Figures of grey and white matter; None of a tissue with too few voxels. ``bright``: the 99.95 % point of all intensities."""
+    """Figures of grey and white matter; None of a tissue with too few voxels."""
     names = _protocol().class_names
     where = np.nonzero(interior(labels))
     kind, values = labels[where], grey[where]

@@ -12,16 +12,18 @@ Bounds:
 - Beside its site: deviations by the median and the scaled median absolute deviation of the site's scans (at least 8), at least 5 % of the median, in
   the direction that is worse. More than 3.5 in CJV or white matter's signal to noise: 9 % of ABIDE's excluded scans, 1.4 % of the others.
   It asks for a review only: it says that a scan is unlike its neighbours, not that it is bad.
-- Volumes of adults as in ``lodbrain segment``'s verdict. Younger brains: 36 % of the adult size at term, 72 % at one year, 83 % at two (Knickmeyer et
-  al., J Neurosci 28:12176, 2008), with room; grey matter is largest at 6 years, white matter at 29, ventricles grow in age (Bethlehem et al., Nature
-  604:525, 2022). Shares of the brain, which hardly depend on its size: means are .43 .04 .39 .13 .02 in adults (AOMIC) and .41 .04 .40 .12 .02 in
-  elders (OASIS3) by FreeSurfer; bounds leave room for childhood and atrophy.
+- Volumes of adults as in ``lodbrain segment``'s verdict. Younger brains: 340 mL at birth (Holland et al., JAMA Neurology 71:1266, 2014), 101 %
+  more after a year, 15 % more after the second, nearly all of it grey matter (Knickmeyer et al., J Neurosci 28:12176, 2008); grey matter is
+  largest at 6 years, white matter at 29, ventricles grow in age (Bethlehem et al., Nature 604:525, 2022). Shares of the brain, which hardly
+  depend on its size: means are .43 .04 .39 .13 .02 in adults (AOMIC) and .41 .04 .40 .12 .02 in elders (OASIS3) by FreeSurfer; bounds leave room.
+- Contrast is not asked below one year of age: grey and white matter then change places in a T1w.
+- Voxels above 3 mm: slices too thick for 3-D networks at 1 mm; for who wants to know, not a fault.
 - Head at the edge: whole heads of the test data have less than 1 cm² of tissue on the superior face and a few on others, up to 112 where the field
   of view is narrow; a mid-sagittal cut has 400. The neck's is free.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -41,6 +43,9 @@ SHARES: Mapping[str, tuple[float, float]] = {
     "cerebellum": (0.05, 0.20),
     "brainstem": (0.01, 0.04),
 }
+YOUNG_SHARES = {**SHARES, "grey matter": (0.30, 0.75), "white matter": (0.12, 0.55), "cerebellum": (0.03, 0.20)}
+MAX_VOXEL_MM = 3.0
+CONTRAST_FROM_YEARS = 1
 SITE_SCANS = 8
 SITE_DEVIATIONS = 3.5
 LEAST_SPREAD = 0.05
@@ -65,12 +70,13 @@ class Ages:
     below_years: float
     brain_ml: tuple[float, float]
     ventricles_ml: tuple[float, float]
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=lambda: SHARES)
 
 
 AGES = (
-    Ages(1, (250, 1300), (1, 60)),
-    Ages(2, (500, 1500), (1, 60)),
-    Ages(6, (650, 1800), (1, 80)),
+    Ages(1, (250, 1300), (1, 60), YOUNG_SHARES),
+    Ages(2, (500, 1500), (1, 60), YOUNG_SHARES),
+    Ages(6, (650, 1800), (1, 80), YOUNG_SHARES),
     Ages(18, (750, 1900), (1, 100)),
     Ages(60, (750, 1900), (2, 150)),
     Ages(130, (750, 1900), (4, 250)),
@@ -93,13 +99,17 @@ def expected(age_years: float | None) -> Ages:
 def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[str, float] | None = None) -> tuple[str, list[str]]:
     """Verdict and reasons, failures first, of the figures of one scan; ``beside``: deviations from its site, see :func:`beside_site`."""
     failures, doubts = [], []
-    cnr, snr = figures.get("cnr"), figures.get("snr_wm")
+    snr, infant = figures.get("snr_wm"), expected(age_years).below_years <= CONTRAST_FROM_YEARS
+    cnr = None if infant else figures.get("cnr")
     if cnr is not None and cnr <= 0:
         failures.append(f"white matter is darker than grey matter (contrast to noise {cnr:.2f}; more than 0 is wanted): no T1w, or another's labels")
     elif cnr is not None and cnr < MIN_CNR:
         doubts.append(f"contrast to noise between grey and white matter is {cnr:.2f}; at least {MIN_CNR:g} is expected of a T1w")
     if snr is not None and snr < MIN_SNR_WM:
         doubts.append(f"signal to noise of white matter is {snr:.1f}; at least {MIN_SNR_WM:g} is expected (motion or noise)")
+    edge = figures.get("own_voxel_mm")
+    if edge is not None and edge > MAX_VOXEL_MM:
+        doubts.append(f"voxels are {edge:.2g} mm long; at most {MAX_VOXEL_MM:g} mm is expected")
     outside = figures.get("labels_outside")
     if outside is not None and outside > MAX_OUTSIDE:
         sentence = f"{outside:.0%} of the labelled voxels lie outside the head; at most {MAX_OUTSIDE:.0%} is expected (are they this scan's?)"
@@ -152,7 +162,7 @@ def _volumes(volumes: Mapping[str, float], age_years: float | None) -> tuple[lis
     doubts = []
     if row is ANY_AGE and brain < ADULT_ML[0]:
         doubts.append(f"the labelled brain has {brain:.0f} mL; at least {ADULT_ML[0]:.0f} mL are expected after early childhood (age unknown)")
-    for name, (low, high) in SHARES.items():
+    for name, (low, high) in row.shares.items():
         if not low <= volumes[name] / brain <= high:
             doubts.append(f"{name} is {volumes[name] / brain:.1%} of the labelled brain; {low:.0%} to {high:.0%} are expected")
     low, high = row.ventricles_ml

@@ -107,6 +107,7 @@ QUALITY = pa.schema([
     _column("verdict", pa.string(), "pass, review or fail; rules and bounds stand in data_registry/quality_rules.py"),
     _column("reasons", pa.list_(pa.string()), "a sentence each, with the figure and the bound"),
     _column("suspicion", pa.float64(), "what the page sorts by: 100 for fail, 10 a reason, deviations from the site up to 9"),
+    _column("own_voxel_mm", pa.float64(), "longest edge of the scan's own voxels", "mm"),
     _column("snr_gm", pa.float64(), "median of grey matter / its standard deviation within cubes of 32 mm; null, as all figures, if undefined", "1"),
     _column("snr_wm", pa.float64(), "the same of white matter", "1"),
     _column("cnr", pa.float64(), "(WM − GM) / √(their variances and that of the air), medians; negative: white matter is darker", "1"),

@@ -51,7 +51,7 @@ def main() -> None:
     found = {one["scan_id"]: one for item in items for one in json.loads(Path(item["found"]).read_text(encoding="utf-8"))}
     table = verdicts(samples, {name: one["figures"] for name, one in found.items()}, {name: row["age_years"] for name, row in scans.items()})
     write_pages(PAGES, table, {name: one["picture"] for name, one in found.items()}, left_out)
-    write_table(QUALITY_TABLE, "quality", [{key: value for key, value in row.items() if key != "beside"} for row in table])
+    write_table(QUALITY_TABLE, "quality", [{key: value for key, value in row.items() if key not in ("beside", "warnings")} for row in table])
     wanted = {Path(item["found"]).name for item in items}
     for path in [path for path in FOUND.iterdir() if path.name not in wanted]:
         path.unlink()
@@ -73,7 +73,7 @@ def plan_looks(samples: list[dict], *, untouched: bool) -> list[dict]:
 
 
 def verdicts(samples: list[dict], figures: dict[str, dict], ages: dict[str, float | None]) -> list[dict]:
-    """Rows of the table, by scan_id, each with ``beside``: how far the scan stands out from its site."""
+    """Rows of the table, by scan_id, each with ``beside``, how far the scan stands out from its site, and harmonise's ``warnings``."""
     sites = defaultdict(list)
     for row in samples:
         sites[row["database"], row["site"]].append(row)
@@ -82,7 +82,8 @@ def verdicts(samples: list[dict], figures: dict[str, dict], ages: dict[str, floa
         own = [figures[row["scan_id"]] for row in rows]
         for row, mine, beside in zip(rows, own, beside_site(own), strict=True):
             verdict, reasons = judge(mine, age_years=ages.get(row["scan_id"]), beside=beside)
-            judged = {"verdict": verdict, "reasons": reasons, "suspicion": suspicion(verdict, reasons, beside), "beside": beside}
+            judged = {"verdict": verdict, "reasons": reasons, "suspicion": suspicion(verdict, reasons, beside)}
+            judged |= {"beside": beside, "warnings": row["warnings"]}
             table.append({key: row[key] for key in ("scan_id", "database", "site", "shard_sha256")} | judged | mine)
     return sorted(table, key=lambda row: row["scan_id"])
 

@@ -143,7 +143,7 @@ def test_figures_hardly_depend_on_the_grid():
     affine = LIA @ np.diag([0.5, 0.5, 0.5, 1])
     again = quality.measure(*fine, affine=affine, native_affine=affine, native_shape=(128,) * 3)
     before = measured(t1w, ids)
-    assert again.pop("volumes_ml") == before.pop("volumes_ml")
+    assert again.pop("volumes_ml") == before.pop("volumes_ml") and (again.pop("own_voxel_mm"), before.pop("own_voxel_mm")) == (1, 2)
     for name, value in before.items():
         assert again[name] == (pytest.approx(value) if value is not None else None), name
     tiny = quality.measure(t1w[:3, :3, :3], ids[:3, :3, :3], affine=LIA, native_affine=LIA, native_shape=(3, 3, 3))
@@ -152,6 +152,8 @@ def test_figures_hardly_depend_on_the_grid():
 
 ADULT = {"grey matter": 511, "basal ganglia": 47, "white matter": 466, "ventricles": 8, "cerebellum": 151, "brainstem": 24}
 ELDER = {"grey matter": 422, "basal ganglia": 44, "white matter": 409, "ventricles": 56, "cerebellum": 121, "brainstem": 25}
+
+YEARLING = {"grey matter": 550, "basal ganglia": 30, "white matter": 165, "ventricles": 10, "cerebellum": 70, "brainstem": 12}
 
 
 def volumes(ml: dict, **other) -> dict:
@@ -165,6 +167,8 @@ def volumes(ml: dict, **other) -> dict:
         ({"cnr": 3.9, "snr_wm": 18, "cjv": 0.33, "labels_outside": 0.0, "asymmetry": -0.02, "left_mm": 50}, 30, "pass", ""),
         ({"cnr": -0.1}, None, "fail", "white matter is darker"),
         ({"cnr": 0.9}, None, "review", "contrast to noise between grey and white matter is 0.90; at least 1"),
+        ({"cnr": -2.0}, 0.5, "pass", ""),                                             # before the myelin
+        ({"own_voxel_mm": 7.0}, None, "review", "voxels are 7 mm long"),
         ({"snr_wm": 11.9}, None, "review", "11.9; at least 12"),
         ({"labels_outside": 0.1}, None, "review", "10% of the labelled voxels"),
         ({"labels_outside": 0.3}, None, "fail", "30% of the labelled voxels"),
@@ -182,6 +186,7 @@ def volumes(ml: dict, **other) -> dict:
         (volumes({name: 0.6 * ml for name, ml in ADULT.items()}), 1.5, "pass", ""),   # a child of one is small, and not suspicious
         (volumes({name: 0.6 * ml for name, ml in ADULT.items()}), 30, "fail", "719 mL; 750 to 1900 mL are expected at 30 years"),
         (volumes({name: 0.6 * ml for name, ml in ADULT.items()}), None, "review", "age unknown"),
+        (volumes(YEARLING), 1, "pass", ""),
         (volumes(ADULT, ventricles=200), 80, "pass", ""),
         (volumes(ADULT, ventricles=200), 10, "review", "the ventricles have 200 mL; 1 to 100 mL are expected of 10 years"),
         (volumes(ADULT, cerebellum=0), 30, "review", "cerebellum is 0.0% of the labelled brain; 5% to 20% are expected"),
@@ -255,7 +260,8 @@ def test_the_picture_has_the_left_on_the_right():
 
 
 def row(name: str, site: str = "s", verdict: str = "pass", **more) -> dict:
-    return {"scan_id": name, "database": "db", "site": site, "verdict": verdict, "reasons": [], "suspicion": 0.0, "beside": {}} | more
+    about = {"scan_id": name, "database": "db", "site": site, "verdict": verdict}
+    return about | {"reasons": [], "suspicion": 0.0, "beside": {}, "warnings": None} | more
 
 
 def test_pages_stay_small_sorted_and_offline(tmp_path):
