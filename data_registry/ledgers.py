@@ -43,18 +43,19 @@ class Withdrawn:
         """
         return (database, "") in self._known or (database, subject) in self._known
 
-    def has_scan(self, database: str, scan_id: str) -> bool:
-        """The same of a scan by name.
+    def has_scan(self, scan_id: str) -> bool:
+        """The same of a scan by its name.
 
-        >>> Withdrawn([Tombstone("db", "01", "", "")]).has_scan("db", "db_sub-01_ses-2_run-1"), subject_of("db", "db_sub-011")
-        (True, '011')
+        >>> Withdrawn([Tombstone("db", "01", "", "")]).has_scan("db_sub-01_ses-2_run-1"), owner("db_sub-011")
+        (True, ('db', '011'))
         """
-        return self.has(database, subject_of(database, scan_id))
+        return self.has(*owner(scan_id))
 
 
-def subject_of(database: str, scan_id: str) -> str:
-    """Whose scan it is, from ``<database>_sub-<label>[_…]``."""
-    return scan_id.removeprefix(f"{database}_sub-").partition("@")[0].partition("_")[0]
+def owner(scan_id: str) -> tuple[str, str]:
+    """Database and subject of a scan, from ``<database>_sub-<label>[_…]``, the name that index gives it."""
+    database, _, rest = scan_id.partition("_sub-")
+    return database, rest.partition("@")[0].partition("_")[0]
 
 
 def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:

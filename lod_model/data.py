@@ -18,6 +18,7 @@ from data_registry import nyul
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.intensity import ROBUST, Preparation, moments
+from data_registry.ledgers import withdrawn
 from data_registry.params import Resources
 from data_registry.schema import read_table, table_metadata
 from data_registry.shard_store import ShardStore, open_store
@@ -96,14 +97,19 @@ class Scan:
 
 
 def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Scan]]]:  # noqa: B008 (frozen)
-    """fold → role → scans by scan_id, from the tables below the current folder and the shards that ``resources`` name."""
-    store = open_store(resources)
+    """fold → role → scans by scan_id, from the tables below the current folder and the shards that ``resources`` name.
+
+    A frozen split may name scans that were withdrawn since; they are passed over, and all others keep their roles.
+    """
+    store, gone = open_store(resources), withdrawn()
     places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
     samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
     histograms = {scan_id: np.array(row["histogram"]) for scan_id, row in samples.items()}
     folds: dict[int, dict[str, list[Scan]]] = {}
     for row in sorted(read_table(TABLES / "split.parquet", "split").to_pylist(), key=lambda row: (row["fold"], row["scan_id"])):
         sample = samples.get(row["scan_id"])
+        if gone.has_scan(row["scan_id"]):
+            continue
         if sample is None:
             raise InputError(f"{TABLES / 'split.parquet'}: {row['scan_id']} is not in {TABLES / 'samples.parquet'}; run `python -m pipelines.split`")
         scan = Scan(

@@ -21,7 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model import preempt
+from lod_model import lineage, preempt
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 
@@ -153,7 +153,9 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     provenance = {
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
+        "data": tracking_tags() | {"databases": lineage.record(roles)},
     }  # fmt: skip
+    lineage.write_seen(folder, roles)
     about = {"name": network, "protocol": weights.joined(learned), "grid": params.harmonise.grid}
     weights.save(folder / "weights.pt", net, **about, preparation=prepared, provenance=provenance)
     tracker.metrics(child, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})

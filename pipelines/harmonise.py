@@ -28,6 +28,7 @@ import numpy as np
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
 from data_registry.intensity import ROBUST, Preparation, moments, prepare
+from data_registry.ledgers import withdrawn
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore, ShardStore, open_store
@@ -58,7 +59,9 @@ def main() -> None:
 def harmonise() -> None:
     """The stage, in the current folder."""
     params = load_params()
-    scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
+    gone = withdrawn()  # index leaves these out; a table from before, as `dvc checkout` brings back, has them
+    rows = read_table(SCANS_TABLE, "scans").to_pylist()
+    scans = [row for row in rows if row["reason"] is None and not gone.has(row["database"], row["subject"])]
     databases = find_databases([Path(root) for root in params.index.roots])
     plan = plan_shards(scans, params.harmonise)
     store = open_store(params.resources)

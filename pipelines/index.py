@@ -22,6 +22,7 @@ from data_registry.catalogue import NAME_PATTERN, Database, canonical_manufactur
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
+from data_registry.ledgers import WITHDRAWN, withdrawn
 from data_registry.params import load_params
 from data_registry.schema import write_table
 
@@ -46,7 +47,7 @@ def index(roots: list[Path]) -> list[dict]:
     column that a database lacks.
     """
     databases = find_databases(roots)
-    rows = [row for name, root in databases.items() for row in index_database(find_database(name), root)]
+    rows = _not_withdrawn(databases)
     _tell_apart(rows)
     _hash_files(rows, databases)
     _judge_same_content(rows)
@@ -56,6 +57,18 @@ def index(roots: list[Path]) -> list[dict]:
     if not any(row["reason"] is None for row in rows):
         raise InputError(f"{', '.join(map(str, roots))}: none of the {len(rows)} scans can be used; the reasons stand above")
     return sorted(rows, key=lambda row: row["scan_id"])
+
+
+def _not_withdrawn(databases: dict[str, Path]) -> list[dict]:
+    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read."""
+    gone = withdrawn()
+    left_out = [name for name in databases if gone.has(name)]
+    rows = [row for name, root in databases.items() if name not in left_out for row in index_database(find_database(name), root)]
+    kept = [row for row in rows if not gone.has(row["database"], row["subject"])]
+    if left_out or len(kept) < len(rows):
+        log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
+                 f" ({', '.join(left_out)})" * bool(left_out), len(rows) - len(kept))  # fmt: skip
+    return kept
 
 
 def find_databases(roots: list[Path]) -> dict[str, Path]:
