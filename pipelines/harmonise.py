@@ -163,7 +163,7 @@ def make_shard(
     samples: list[dict] = []
     metadata = {"recipe": item["recipe"], "samples": samples}
     rows = _rows(item, roots, settings, journal, left_out or {}, samples)
-    store.write(item["shard"], rows, metadata=metadata, columns=_columns(item["scans"], settings))
+    store.write(item["shard"], rows, metadata=metadata, columns=shard_columns(item["scans"], settings))
     return sum(sample["status"] != "ok" for sample in samples)
 
 
@@ -191,7 +191,7 @@ def _rows(item: dict, roots: dict[str, str], settings: Harmonise, journal: str, 
     Path(journal).write_text("", encoding="utf-8")
 
 
-def _columns(scans: list[dict], settings: Harmonise) -> list[str]:
+def shard_columns(scans: list[dict], settings: Harmonise) -> list[str]:
     """All that the rows of a shard may have; a scan without a label map has none in its columns."""
     sources = {label["source"] for scan in scans for label in scan["labels"]}
     stored = [name for name in settings.stored_protocols if sources & set(protocol.load(name).sources)]
