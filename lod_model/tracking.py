@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import threading
@@ -58,15 +59,16 @@ def runs(uri: str, data_hashes: Iterable[str]) -> None:
     if (file := sqlite_file(uri)) and not file.is_file():
         raise InputError(f"{file}: no such file; a file of MLflow runs is wanted")
     store = _opened(uri)
-    behind = store.uri if store.file else "the URI of its database, on the server"
+    uri, behind = (store.uri, store.uri) if store.file else (store.name, "URI of the database behind it")
+    purge = f"mlflow gc --tracking-uri {shlex.quote(uri)} --backend-store-uri {shlex.quote(behind)} --run-ids"
     try:
         for data_hash in data_hashes:
             for experiment, run in store.tagged("data_hash", data_hash):
                 number, there = len(store.uploaded(run.info.run_id)), run.info.run_id
-                delete = f"MLFLOW_TRACKING_URI={store.uri if store.file else store.name} mlflow runs delete --run-id {there}; "
+                delete = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow runs delete --run-id {there} && "
                 gone = run.info.lifecycle_stage != "active"
                 about = f"{experiment}/{run.info.run_name}{' (deleted, its files stand)' * gone}, {number} files"
-                print(f"{about}: {delete * (not gone)}mlflow gc --backend-store-uri {behind!r} --run-ids {there}", flush=True)
+                print(f"{about}: {delete * (not gone)}{purge} {there}", flush=True)
     except StoreError as error:
         raise InputError(f"{store.name}: {error}; a store that answers is wanted") from None
 

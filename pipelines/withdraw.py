@@ -147,7 +147,7 @@ def _removed(found: Gone, gone: Withdrawn, store: ShardStore, scans: list[dict],
         yield f"{REPORTS}: {len(files)} files, whose figures and pictures hold them; the stages make them again"
     if SAMPLES_TABLE.is_file():
         before = read_table(SAMPLES_TABLE, "samples").num_rows
-        standing = {None, *store.shards()} - set(found.shards)
+        standing = {None, *store.shards()}
         rows = {row["scan_id"]: row for row in _samples(gone) if row["shard"] in standing}
         rows |= {row["scan_id"]: row for shard in rewritten for row in collect(store, shard)}
         write_table(SAMPLES_TABLE, "samples", [rows[name] for name in sorted(rows)], metadata=_notes(SAMPLES_TABLE))

@@ -36,7 +36,8 @@ def project(tmp_path, monkeypatch):
 
 
 def entry(name: str, **about) -> Database:
-    return Database(**{"name": name, "title": name.title(), "site_rule": SiteRule(single="A"), "sites": {"A": Site(place="A")}, "source": "hand"} | about)
+    needed = {"name": name, "title": name.title(), "site_rule": SiteRule(single="A"), "sites": {"A": Site(place="A")}, "source": "hand"}
+    return Database(**needed | about)
 
 
 def scans_of(*scan_ids: str) -> list:
@@ -94,9 +95,11 @@ def test_every_licence_of_the_catalogue_gets_an_answer_and_a_reason():
 def test_an_agreement_or_an_unread_licence_is_named(project):
     data = {"databases": lineage.record({"train": scans_of("free_sub-1_ses-1", "signed_sub-9")})}
     verdict = lineage.lineage({"data": data})["verdict"]
-    assert verdict["answer"] == "not known" and verdict["reasons"] == ["signed: 'Signed agreement' does not say; the catalogue's redistribute.weights is wanted"]
+    assert verdict["answer"] == "not known"
+    assert verdict["reasons"] == ["signed: 'Signed agreement' does not say; the catalogue's redistribute.weights is wanted"]
     data["databases"] = data["databases"][:1]
-    assert lineage.lineage({"data": data})["verdict"] == {"answer": "under conditions", "words": "under conditions: attribution, share alike (cc-by-sa)", "reasons": []}
+    words = "under conditions: attribution, share alike (cc-by-sa)"
+    assert lineage.lineage({"data": data})["verdict"] == {"answer": "under conditions", "words": words, "reasons": []}
 
 
 def test_of_then_now_and_what_was_accepted_the_strictest(project, tmp_path):
@@ -161,7 +164,8 @@ def test_ledgers(tmp_path):
     assert (tmp_path / "withdrawn.tsv").read_text() == "database\tsubject\tdate\treason\ndb\t01\t2026-01-01\tasked for it\ndb\t02\t2026-01-02\t\n"
     assert withdrawn().has("db", "02") and not withdrawn().has("db", "2") and not withdrawn().has("db")
     assert Withdrawn([Tombstone("db", "", "", "")]).has_scan("db_sub-7") and not withdrawn().has_scan("db_sub-010_run-1")
-    for content, words in [("database\tdate\n", "column subject is missing"), ("database\tsubject\tdate\treason\n\t01\t\t\n", "a line without a database")]:
+    nameless = "database\tsubject\tdate\treason\n\t01\t\t\n"
+    for content, words in [("database\tdate\n", "column subject is missing"), (nameless, "a line without a database")]:
         (tmp_path / "withdrawn.tsv").write_text(content)
         with pytest.raises(InputError, match=words):
             withdrawn()
