@@ -62,19 +62,19 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     stones = [Tombstone(database, subject, today, reason) for subject in subjects or [""]]
     these, gone = Withdrawn(stones), Withdrawn([*withdrawn().tombstones, *stones])
+    what = f"{database}{', ' * bool(subjects)}{', '.join(f'sub-{subject}' for subject in subjects)}"
+    if not dry_run:  # before anything that may fail, such as a store that is away
+        new = bury(stones)
+        print(f"withdrawn: {what} ({WITHDRAWN}: {len(new)} new line{'s' * (len(new) != 1)}; git add and commit it)", flush=True)
     own = [row for row in scans if these.has(row["database"], row["subject"])]
+    others = [row for row in scans if not gone.has(row["database"], row["subject"])]
     store = open_store(params.resources)
     affected = _affected(store, own, these, params.harmonise)
-    found = Gone(
-        database, tuple(subjects), reason, these, tuple(own), tuple(row for row in scans if not gone.has(row["database"], row["subject"])),
-        affected, _hashes(affected), sha256(SAMPLES_TABLE) if SAMPLES_TABLE.is_file() else None,
-    )  # fmt: skip
-    what = f"{database}{', ' * bool(subjects)}{', '.join(f'sub-{subject}' for subject in subjects)}"
+    data_hash = sha256(SAMPLES_TABLE) if SAMPLES_TABLE.is_file() else None
+    found = Gone(database, tuple(subjects), reason, these, tuple(own), tuple(others), affected, _hashes(affected), data_hash)
     if dry_run:
         print(f"would withdraw {what}: {len(own)} scans in {len(affected)} shards; nothing is changed")
     else:
-        new = bury(stones)
-        print(f"withdrawn: {what} ({WITHDRAWN}: {len(new)} new line{'s' * (len(new) != 1)}; git add and commit it)", flush=True)
         for line in _removed(found, gone, store, scans, params):
             print(f"removed: {line}", flush=True)
     for line in left_elsewhere(found, params):

@@ -163,11 +163,9 @@ def _data_hash(fold: Path) -> set[str]:
 def _mlflow(params: Params, hashes: frozenset[str] | set[str]) -> list[str]:
     """Runs that carry one of the hashes, as ``lod_model.tracking`` tells; where it cannot, the command that will."""
     stores = [f"sqlite:///{path}" for path in sorted(Path("mlflow").rglob("*.db"))]
-    stores += [params.resources.mlflow_uri] if params.resources.mlflow_uri else []
-    if not stores or not hashes:
-        return ["runs on a server that params.yaml does not name"] * bool(hashes)
+    stores += filter(None, (params.resources.mlflow_uri, os.environ.get("MLFLOW_TRACKING_URI")))
     lines = []
-    for store in stores:
+    for store in dict.fromkeys(stores) if hashes else ():
         command = ["python", "-m", "lod_model.tracking", "runs", "--in", store, "--data-hash", *sorted(hashes)]
         try:
             done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=TRACKING_S, check=False)
@@ -271,5 +269,6 @@ def _out_of_sight(gone: Gone) -> Iterator[str]:
     origins = subprocess.run(["git", "remote", "-v"], capture_output=True, text=True, check=False) if Path(".git").exists() else None
     for origin in sorted({line.split()[1] for line in origins.stdout.splitlines()}) if origins else ():
         yield f"  of {origin}"
+    yield "runs on MLflow servers that neither params.yaml nor MLFLOW_TRACKING_URI names; deleted runs until `mlflow gc`"
     yield "weights that were exported, published or given on; what `lodbrain segment` made of these scans; pictures in articles and slides"
     yield "backups and snapshots of this disk; logs (logs/, SLURM's, Ray's), which name scans and hold no image"

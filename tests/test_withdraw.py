@@ -99,7 +99,7 @@ def test_the_bytes_of_never_having_been_there(copy, capsys):
     assert files("shards") | files("tables") == expected(copy) and len(withdrawn().tombstones) == 1
 
 
-@pytest.mark.parametrize("step", ["_write_without", "_drop_copies", "_clear_tables", "collect", "write_table", "left_elsewhere"])
+@pytest.mark.parametrize("step", ["_affected", "_write_without", "_drop_copies", "_clear_tables", "collect", "write_table", "left_elsewhere"])
 def test_stopped_at_any_moment_it_goes_on(copy, monkeypatch, step):
     def stopped(*_, **__):
         raise KeyboardInterrupt
