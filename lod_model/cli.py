@@ -59,7 +59,7 @@ def segment(
         Path | None, typer.Option(help="A checkpoint, imported weights or the authors' .h5; default: the packaged model.", envvar="LODBRAIN_WEIGHTS")
     ] = None,
     postprocess: Annotated[
-        Postprocess, typer.Option(help="none; components: keep the largest component; release: as the authors do.")
+        Postprocess, typer.Option(help="none; components: keep the largest one (of nuclei alone all); release: as the authors do.")
     ] = Postprocess.components,
     engine: Annotated[Engine, typer.Option(help="fast: the same labels; fast-bf16: faster, some voxels differ; plain: as written.")] = Engine.fast,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
