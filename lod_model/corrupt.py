@@ -90,7 +90,7 @@ class Bias:
         """The polynomial, (D, H, W)."""
         order = torch.arange(len(self.coefficients), device=device)
         powers = [torch.linspace(-1, 1, n, device=device)[:, None] ** order for n in shape]  # (n, k) each
-        field = torch.tensordot(self.coefficients.to(device or "cpu"), powers[0], dims=([0], [1]))  # (k, k, D)
+        field = torch.tensordot(self.coefficients.to(device or "cpu", non_blocking=True), powers[0], dims=([0], [1]))  # (k, k, D)
         field = torch.tensordot(field, powers[1], dims=([0], [1]))  # (k, D, H)
         return torch.tensordot(field, powers[2], dims=([0], [1]))  # (D, H, W)
 

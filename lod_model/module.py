@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data_registry.params import Train
 from lod_model.cross_entropy import protocols_cross_entropy
 from lod_model.data import COARSE_FACTOR
+from lod_model.deferred import finished
 from lod_model.fastsurfer_loss import combined_loss
 from lod_model.losses import block_dice_loss, dice_loss
 from lod_model.networks.recipe import Recipe, plateau
@@ -36,6 +37,10 @@ class StageModule(LightningModule):
         """(loss, mean soft Dice) of a batch of validation samples."""
         loss = self.loss(batch)
         return loss, 1 - loss
+
+    def on_after_batch_transfer(self, batch: dict, _loader: int) -> dict[str, Tensor]:
+        """What workers have left to the device is done there."""
+        return finished(batch)
 
     def training_step(self, batch: dict[str, Tensor], _index: int) -> Tensor:
         loss = self.loss(batch)

@@ -33,7 +33,7 @@ class Pose:
         shape, device = tuple(volumes[0][0].shape[1:]), volumes[0][0].device
         outs = [torch.zeros_like(volume) for volume, _ in volumes]
         boxes = [_box_of_a_sparse(volume) for volume, _ in volumes]
-        splines = None if self.control is None else [_spline(n, self.control.shape[-1]).to(device) for n in shape]
+        splines = None if self.control is None else [_spline(n, self.control.shape[-1]).to(device, non_blocking=True) for n in shape]
         slab = max(1, (SLAB_VOXELS if device.type == "cpu" else DEVICE_SLAB_VOXELS) // (shape[1] * shape[2]))
         for start in range(0, shape[0], slab):
             part = slice(start, start + slab)
@@ -46,7 +46,7 @@ class Pose:
         """(slab, H, W, 3): for the output slices ``part``, where they come from, as grid_sample wants it: (w, h, d) in −1…1 from edge to edge."""
         d, h, w = (torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in shape)
         grid = torch.empty((len(d[part]), *shape[1:], 3), device=device)
-        control = None if self.control is None else self.control.to(device)
+        control = None if self.control is None else self.control.to(device, non_blocking=True)
         for axis in range(3):
             a, b, c = self.matrix[axis].tolist()
             came = (a * d[part, None, None] + float(self.shift[axis])) + b * h[:, None] + c * w  # (slab, H, W)
@@ -146,10 +146,11 @@ def distort(volume: torch.Tensor, coordinates: list[torch.Tensor], *, mode: str)
         n = volume.shape[1 + axis]
         if mode == "nearest":
             index = came.round().long()
-            volume = volume.index_select(1 + axis, index.clamp(0, n - 1).to(volume.device))
-            volume.index_fill_(1 + axis, torch.nonzero(index > n - 1).flatten().to(volume.device), 0)
+            volume = volume.index_select(1 + axis, index.clamp(0, n - 1).to(volume.device, non_blocking=True))
+            outside = torch.nonzero(index > n - 1).flatten()  # looked for on the host
+            volume.index_fill_(1 + axis, outside.to(volume.device, non_blocking=True), 0)
         else:
-            came = came.to(volume.device)
+            came = came.to(volume.device, non_blocking=True)
             volume = along(volume, (1 - (came[:, None] - torch.arange(n, device=volume.device)).abs()).clamp(min=0), axis)
     return volume
 
