@@ -155,10 +155,10 @@ class Noise:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         deviation = self.share * quantile(x, 0.99).clamp(min=1e-3) if self.of_bright else self.share
-        generator = self.fields.generator(x.device)
-        x += torch.randn(x.shape, generator=generator, device=x.device).mul_(deviation)
+        fields = self.fields.each(torch.randn, x)
+        x += next(fields).mul_(deviation)
         if self.rician:
-            x = x.square_().add_(torch.randn(x.shape, generator=generator, device=x.device).mul_(deviation).square_()).sqrt_()
+            x = x.square_().add_(next(fields).mul_(deviation).square_()).sqrt_()
         return x
 
 

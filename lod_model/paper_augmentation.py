@@ -43,7 +43,7 @@ class SaltAndPepper:
     fields: Fields
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        draw = torch.rand(x.shape, generator=self.fields.generator(x.device), device=x.device)
+        draw = next(self.fields.each(torch.rand, x))
         return torch.where(draw < 0.002, x.max(), torch.where(draw < 0.01, x.min(), x))
 
 
@@ -54,7 +54,7 @@ class GaussianNoise:
     fields: Fields
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        draw = torch.randn(x.shape, generator=self.fields.generator(x.device), device=x.device)
+        draw = next(self.fields.each(torch.randn, x))
         deviation, mean = torch.std_mean(x, correction=0)
         return x.mul_(0.8).add_(draw.mul_(deviation).add_(mean), alpha=0.2)
 

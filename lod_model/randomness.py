@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +43,20 @@ class Fields:
 
     start: int | torch.Tensor
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """A fresh one; the fields are its draws, one after the other."""
-        generator = torch.Generator(device)
-        if isinstance(self.start, int):
-            return generator.manual_seed(self.start)
-        if device.type == "cpu":
-            return generator.set_state(self.start)
-        return generator.manual_seed(int.from_bytes(hashlib.sha256(self.start.numpy()).digest()[:8], "big") >> 1)
+    @property
+    def seed(self) -> int:
+        """Of generators that cannot take the state, 63 bits that depend on all of it."""
+        return self.start if isinstance(self.start, int) else int.from_bytes(hashlib.sha256(self.start.numpy()).digest()[:8], "big") >> 1
+
+    def each(self, draw: Callable[..., torch.Tensor], like: torch.Tensor) -> Iterator[torch.Tensor]:
+        """One field after the other, of the shape of ``like`` and on its device: float32 of ``draw``, torch.randn or torch.rand."""
+        generator = torch.Generator(like.device)
+        if like.device.type == "cpu" and not isinstance(self.start, int):
+            generator.set_state(self.start)
+        else:
+            generator.manual_seed(self.seed)
+        while True:
+            yield draw(like.shape, generator=generator, device=like.device)
 
 
 def normals_later(shape: tuple[int, ...], fields: int) -> Fields:
@@ -60,8 +66,7 @@ def normals_later(shape: tuple[int, ...], fields: int) -> Fields:
     ...     later, after = normals_later((5, 7, 3), 2), torch.rand(())
     >>> with reproducible(0):
     ...     first, second, then = torch.randn(5, 7, 3), torch.randn(5, 7, 3), torch.rand(())
-    >>> generator = later.generator(torch.device("cpu"))
-    >>> [torch.equal(x, torch.randn(5, 7, 3, generator=generator)) for x in (first, second)], torch.equal(after, then)
+    >>> [torch.equal(x, y) for x, y in zip((first, second), later.each(torch.randn, first))], torch.equal(after, then)
     ([True, True], True)
     """
     later, number = Fields(torch.get_rng_state()), math.prod(shape)
