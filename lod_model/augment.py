@@ -14,8 +14,9 @@ A preset draws first, see :class:`Variant`, and what it has drawn is then applie
 ``lod_model.deferred`` on the device that trains.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,7 +84,7 @@ class Variant:
         in no class, voxels to be ignored, moves along as one class more. Random fields are made on the device: on another than a processor
         they are other draws.
         """
-        with torch.autocast(image.device.type, enabled=False):
+        with _float32(image.device):
             x, labels = image.float() / 255, labels.float()
             for step in self.before:
                 x = step(x)
@@ -94,6 +95,18 @@ class Variant:
             for step in self.after:
                 x = step(x)
             return x.contiguous().mul_(255), labels
+
+
+@contextlib.contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """No autocast, and products of all bits: a coordinate in bfloat16 is a voxel off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def draw(shape: tuple[int, ...], *, preset: str, voxel_mm: float) -> tuple[bool, Variant]:

@@ -9,7 +9,8 @@ On a processor the result is the workers' to float32's rounding. On another devi
 distribution, but is another draw: 16 million normal numbers a volume would be most of a worker's time.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,20 +82,11 @@ def collated(samples: list[dict]) -> dict:
 
 @torch.no_grad()
 def finished(batch: dict) -> dict[str, Tensor]:
-    """The batch as workers would have made it, on the device where it is; itself where nothing is left to do.
-
-    Float32 all the way, with full products, whatever the precision around: a coordinate in bfloat16 is a voxel off.
-    """
+    """The batch as workers would have made it, on the device where it is, whatever the precision around; itself where nothing is left to do."""
     if KEY not in batch:
         return batch
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(batch["image"].device.type, enabled=False):
-            parts = ({name: value[index] for name, value in batch.items() if name != KEY} for index in range(len(batch[KEY])))
-            return _stacked([_finished(part, plan) for part, plan in zip(parts, batch[KEY], strict=True)])
-    finally:
-        torch.set_float32_matmul_precision(before)
+    parts = ({name: value[index] for name, value in batch.items() if name != KEY} for index in range(len(batch[KEY])))
+    return _stacked([_finished(part, plan) for part, plan in zip(parts, batch[KEY], strict=True)])
 
 
 def _finished(sample: dict[str, Tensor], plan: Deferred) -> dict[str, Tensor]:
@@ -138,15 +130,22 @@ def _zscored(x: Tensor, before: Tensor, plan: Deferred) -> Tensor:
 def _pooled(sample: dict[str, Tensor], factor: int, classes: int) -> dict[str, Tensor]:
     """Image (1, d, h, w) and the share of each class in each block, (C, d, h, w); voxels that the protocol leaves out are in none."""
     target = sample["target"]
-    shares = [functional.avg_pool3d((target == index).float()[None], factor)[0] for index in range(classes)]
-    return sample | {"image": functional.max_pool3d(sample["image"], factor), "target": torch.stack(shares)}
+    counts = torch.stack([_blockwise(torch.add, (target == index).to(torch.uint8), factor) for index in range(classes)])
+    return sample | {"image": _blockwise(torch.maximum, sample["image"], factor), "target": counts.float() / factor**3}
+
+
+def _blockwise(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor, factor: int) -> Tensor:
+    """(…, D, H, W) → (…, D/f, H/f, W/f), an axis at a time: a processor takes half of what pooling takes."""
+    for axis in (-3, -2, -1):
+        x = functools.reduce(combine, x.unflatten(axis, (-1, factor)).unbind(axis))
+    return x
 
 
 def _cut(sample: dict[str, Tensor], windows, seed: int, where: str) -> dict[str, Tensor]:
     """The one thing that waits for the device: which windows hold labels."""
     target = sample["target"]
     windows.check(tuple(target.shape), where=where)
-    labelled = functional.max_pool3d((target > 0).float()[None], windows.step)[0].bool().cpu().numpy()
+    labelled = _blockwise(torch.logical_or, target > 0, windows.step).cpu().numpy()
     first = windows.place(labelled, seed)
     cut = target[tuple(slice(start, start + windows.side) for start in first.tolist())]
     return sample | {"target": cut, "window": torch.from_numpy(first)}

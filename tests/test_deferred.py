@@ -93,11 +93,18 @@ def test_a_batch_is_its_samples(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_precision_around_changes_nothing(preset):
+def test_the_precision_around_changes_nothing(preset, monkeypatch):
     batches = [both([head(1), head(2)], epoch, preset=preset, level="fine")[1] for epoch in range(4)]
     made = [finished(batch) for batch in batches]
-    with torch.autocast("cpu", torch.bfloat16):
-        again = [finished(batch) for batch in batches]
+    seen, moved = [], warp.along
+    monkeypatch.setattr(warp, "along", lambda *args: seen.append(torch.get_float32_matmul_precision()) or moved(*args))
+    torch.set_float32_matmul_precision("medium")  # products may have bfloat16's bits
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            again = [finished(batch) for batch in batches]
+        assert torch.get_float32_matmul_precision() == "medium" and set(seen) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision("highest")
     for one, other in zip(made, again, strict=True):
         assert all(value.dtype == other[name].dtype and torch.equal(value, other[name]) for name, value in one.items())
 

@@ -10,6 +10,7 @@ bfloat16 where the device computes in it. Fine steps of a processor beyond 128³
 ``device ms`` is augmentation there, between steps, with the copy of what was read. ``limit`` is what one worker and one device give, and
 which of the two is the slower; ``workers`` how many would keep the device busy. Below, the same for devices of a given number of steps a
 second, and the seven transforms of TorchIO that do what preset light does, all of them on, against ours, one after the other in each repeat.
+Seconds are a core's own, so that other load does not count, but those of the clock where the device is no processor or has more threads.
 """
 
 import argparse
@@ -116,10 +117,17 @@ def mean(make: Callable[[int], object], draws: int) -> float:
     return statistics.mean(min(timed(make, epoch) for _ in range(2)) for epoch in range(draws))
 
 
+def clock() -> float:
+    """Seconds of the one core, or by the clock."""
+    import torch
+
+    return time.process_time() if torch.get_num_threads() == 1 and not torch.cuda.is_initialized() else time.perf_counter()
+
+
 def timed(make: Callable[[int], object], epoch: int) -> float:
-    start = time.perf_counter()
+    start = clock()
     make(epoch)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def device_seconds(scan, preset: str, how: dict, device, draws: int) -> float:
@@ -240,9 +248,9 @@ def peer(scan, device, args: argparse.Namespace) -> None:
     for seed in range(4):
         for name, run in list(zip(seconds, runs, strict=True))[: 2 if device.type == "cpu" else 3]:
             torch.set_num_threads(args.threads if name.endswith("cpu") else 1)
-            start = time.perf_counter()
+            start = clock()
             run(seed)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     print("affine, elastic, bias, gamma, thick slices, blur, noise, all on: image and labels")
     first = statistics.median(seconds["TorchIO, one core"][1:])
     for name, found in seconds.items():
