@@ -1,7 +1,8 @@
 """The catalogue of databases: one YAML a database in ``catalogue/``, its sites inside; this module reads and checks them.
 
 BIDS has no field for the site, so each database states the rule that gives a scan its site. Places and scanners are curated across
-databases, never matched by name alone. A value nobody published is null.
+databases, never matched by name alone. A value nobody published is null; where the others were read stands beside them
+(:mod:`data_registry.catalogue_sources`).
 
 A database that is not in the catalogue is one site named after it (and one place, one scanner): :func:`unknown_database`.
 """
@@ -9,71 +10,16 @@ A database that is not in the catalogue is one site named after it (and one plac
 import functools
 import re
 from pathlib import Path
-from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
+from data_registry.catalogue_schema import NAME_PATTERN, Database, Site, SiteRule, fault
+from data_registry.catalogue_sources import faults
 from data_registry.errors import InputError
 
-NAME_PATTERN = r"[A-Za-z0-9_-]+"
+__all__ = ["NAME_PATTERN", "Database", "Site", "SiteRule"]
 _FOLDER = Path(__file__).parent / "catalogue"
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SiteRule(_Entry):
-    """How a scan of a database gets its site; exactly one of the four."""
-
-    participants: str | None = None
-    """A column of participants.tsv."""
-    sidecar: str | None = None
-    """A field of the T1w's JSON sidecar."""
-    prefix: str | None = None
-    """A regular expression whose first group, in the subject's label, is the site."""
-    single: str | None = None
-    """The only site."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "SiteRule":
-        if len(self.model_fields_set) != 1:
-            raise ValueError("exactly one of participants, sidecar, prefix, single is wanted")
-        return self
-
-
-class Site(_Entry):
-    """A site as its database names it."""
-
-    place: str
-    """The institution, the same name across databases."""
-    scanner: str | None = None
-    """One machine at a place, the same name across databases; null if unknown."""
-    manufacturer: str | None = None
-    model: str | None = None
-    field_strength_tesla: Annotated[float, Field(gt=0, lt=12)] | None = None
-
-
-class Database(_Entry):
-    """A database and its sites."""
-
-    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
-    """As its folder is called."""
-    title: str
-    licence: str | None = None
-    access: Literal["open", "registration", "agreement"] | None = None
-    citation: str | None = None
-    source: str | None = None
-    """Where the values above were read."""
-    family_column: str | None = None
-    """The column of participants.tsv that relatives share; null if the database has none."""
-    site_rule: SiteRule
-    sites: dict[str, Site]
-    defaced: bool | None = None
-    known: bool = True
-    """False for a database that is not in the catalogue."""
-
 
 _MANUFACTURERS = {
     "siemens": "Siemens", "philips": "Philips", "phillips": "Philips", "ge": "GE", "general electric": "GE", "toshiba": "Canon", "canon": "Canon",
@@ -102,10 +48,15 @@ def unknown_database(name: str) -> Database:
     )
 
 
+def catalogue_files() -> list[Path]:
+    """The YAMLs that come with the project."""
+    return sorted(_FOLDER.glob("*.yaml"))
+
+
 @functools.cache
 def catalogue() -> dict[str, Database]:
     """All databases of the catalogue, by name."""
-    return {database.name: database for database in map(load_database, sorted(_FOLDER.glob("*.yaml")))}
+    return {database.name: database for database in map(load_database, catalogue_files())}
 
 
 def find_database(name: str) -> Database:
@@ -115,10 +66,42 @@ def find_database(name: str) -> Database:
 
 def load_database(path: Path) -> Database:
     """Read and check one YAML; an :class:`InputError` names the file, the site, the field, what came and what was wanted."""
+    database, wrong = read_database(path)
+    if database is None or wrong:
+        raise InputError(f"{path}: {'; '.join(wrong)}")
+    return database
+
+
+def read_database(path: Path) -> tuple[Database | None, list[str]]:
+    """A database, None if the file is none, and what is wrong with it, a line each that begins with the field."""
     try:
-        return Database.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        database = Database.model_validate(content)
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        return None, [f"not valid YAML ({' '.join(str(error).split())})"]
+    except UnicodeDecodeError as error:
+        return None, [f"not UTF-8 text ({error.reason} at byte {error.start})"]
+    except OSError as error:
+        return None, [f"cannot be read ({error.strerror}); a YAML is wanted"]
     except ValidationError as error:
-        lines = (f"{'.'.join(map(str, e['loc']))}: {e['msg']} (came: {e['input']!r:.80})" for e in error.errors())
-        raise InputError(f"{path}: {'; '.join(lines)}") from None
+        return None, [fault(one) for one in error.errors()]
+    return database, faults(database)
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """In C where there is libyaml; a name that stands twice is an error, where YAML would take the last one."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    content = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(None, None, f"the name {key!r} is no text; quotes around it are wanted", key_node.start_mark)
+        if key in content:
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice; it is wanted once", key_node.start_mark)
+        content[key] = loader.construct_object(value_node, deep=True)
+    return content
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

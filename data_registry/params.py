@@ -77,8 +77,8 @@ class Split(Section):
 
     key: Literal["place", "site", "database", "manufacturer", "scanner", "resolution"] = "place"
     """resolution: the smallest edge of a scan's own voxels in mm, to one decimal, e.g. "0.8"."""
-    folds: Annotated[int, Field(ge=2)] = 5
-    """Grouped folds, never more than there are groups; every group is held out exactly once."""
+    folds: Count = 5
+    """Grouped folds, never more than there are groups; every group is held out exactly once. 1: none is, and unseen people alone are the test."""
     holdout: tuple[str, ...] = ()
     """Instead of folds: the groups held out together in one fold."""
     guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
@@ -114,8 +114,8 @@ class Slices(Section):
     """Of each view, of one scan; batch_size counts slices."""
     inner_scale: Annotated[float, Field(ge=0)] | None = None
     """Standard deviation of what is added to a slice's zoom inside the network; null: the network's own."""
-    outer_scale: Annotated[float, Field(ge=0)] = 0.0
-    """Standard deviation of the factor by which image and labels are zoomed before the network sees them."""
+    outer_scale: tuple[Annotated[float, Field(ge=0.5, le=2)], Annotated[float, Field(ge=0.5, le=2)]] = (1.0, 1.0)
+    """Range of the factor, uniform, by which image and labels are zoomed before the network sees them; FastSurfer's is 0.8 to 1.15."""
     weights: tuple[Literal["median", "gradient", "hires", "gm"], ...] = ("median", "gradient", "hires", "gm")
     """Parts of a pixel's weight in the loss, see lod_model/pixel_weights.py."""
 
@@ -183,8 +183,10 @@ class Train(Section):
         >>> Train(network={"dropout": 0.1, "unet": {"widths": [8, 16]}}).network_of("unet")
         {'dropout': 0.1, 'widths': [8, 16]}
         """
-        own = {key: value for key, value in self.network.items() if not isinstance(value, dict)}
-        return own | self.network.get(name, {})
+        own, chosen = {key: value for key, value in self.network.items() if not isinstance(value, dict)}, self.network.get(name, {})
+        if not isinstance(chosen, dict):
+            raise InputError(f"train.network.{name} is {chosen!r}; settings of that network are wanted below it")
+        return own | chosen
 
     @field_validator("protocol")
     @classmethod

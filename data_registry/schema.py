@@ -1,7 +1,7 @@
 """The tables, each declared once: every column with its type, unit and meaning.
 
 Code names columns from here, writers go through :func:`write_table` and readers through :func:`read_table`, so that a table on disk
-either has exactly these columns or is refused by name. Every table is keyed by ``scan_id``.
+either has exactly these columns or is refused by name. Every table is keyed by ``scan_id``, the catalogue's by database and site.
 """
 
 import os
@@ -44,6 +44,32 @@ SCANS = pa.schema([
     _column("t1w_sha256", pa.string(), "of the file's bytes"),
     _column("labels", pa.list_(LABEL_FILE), "label maps found for this scan, one a source"),
     _column("reason", pa.string(), "why the scan is quarantined; null if it is usable"),
+])
+
+SITES = pa.schema([
+    _column("database", pa.string(), "as the catalogue and its folder name it"),
+    _column("site", pa.string(), "as the database names it"),
+    _column("place", pa.string(), "the institution, across databases"),
+    _column("country", pa.string(), "null if unknown"),
+    _column("scanner", pa.string(), "one machine at a place, across databases; null if unknown"),
+    _column("manufacturer", pa.string(), "scanner's maker; null if unknown"),
+    _column("model", pa.string(), "scanner's model; null if unknown"),
+    _column("field_strength_tesla", pa.float32(), "null if unknown", "T"),
+    _column("voxel_mm", pa.list_(pa.float32()), "of the T1w as scanned: in plane, in plane, between slices", "mm"),
+    _column("subjects", pa.int32(), "people to expect; null if not published"),
+    _column("scans", pa.int32(), "T1w scans to expect; null if not published"),
+    _column("age_mean_years", pa.float32(), "null if not published", "years"),
+    _column("age_min_years", pa.float32(), "null if not published", "years"),
+    _column("age_max_years", pa.float32(), "null if not published", "years"),
+    _column("female", pa.int32(), "how many are stated as F; null if not published"),
+    _column("male", pa.int32(), "how many are stated as M; null if not published"),
+    _column("access", pa.string(), "open, registration or agreement; of the database; null if unknown"),
+    _column("licence", pa.string(), "of the database; null if unknown"),
+    _column("route", pa.string(), "where its images are got; null if unknown"),
+    _column("state", pa.string(), "available, embargoed or withdrawn; null if unknown"),
+    _column("used_by", pa.list_(pa.string()), "papers whose corpus the database belongs to"),
+    _column("lod_brain_rows", pa.list_(pa.string()), "rows of LOD-Brain's table that the site stands in"),
+    _column("unverified", pa.list_(pa.string()), "columns whose value no document confirms"),
 ])
 
 SAMPLES = pa.schema([

@@ -97,8 +97,13 @@ def _folds(home: dict[str, str], groups: list[str], settings: Split) -> tuple[di
         if -1 not in fold_of.values():
             raise InputError(f"split.holdout names every {settings.key}; at least one must be left to train on")
         return fold_of, 1
+    if settings.folds == 1:
+        if not settings.internal_share:
+            raise InputError("split.folds is 1 and split.internal_share 0, which leaves nobody to test on; more of either is wanted")
+        return dict.fromkeys(groups, -1), 1
     if len(groups) < 2:
-        raise InputError(f"the data has one {settings.key} only ({', '.join(groups)}); at least two are wanted to hold one out")
+        only = f"the data has one {settings.key} only ({', '.join(groups)})"
+        raise InputError(f"{only}; at least two are wanted to hold one out, or split.folds 1, which tests on unseen people alone")
     folds = min(settings.folds, len(groups))
     people = defaultdict(int)
     for group in home.values():

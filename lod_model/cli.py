@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_registry.errors import InputError, run_stage
+from lod_model.cli_sites import sites_app
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 weights_app = typer.Typer(help="List weights and look at them, import and export them.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(weights_app, name="weights")
+app.add_typer(sites_app, name="sites")
 
 
 class Postprocess(StrEnum):
@@ -57,7 +59,7 @@ def segment(
         Path | None, typer.Option(help="A checkpoint, imported weights or the authors' .h5; default: the packaged model.", envvar="LODBRAIN_WEIGHTS")
     ] = None,
     postprocess: Annotated[
-        Postprocess, typer.Option(help="none; components: keep the largest component; release: as the authors do.")
+        Postprocess, typer.Option(help="none; components: keep the largest one (of nuclei alone all); release: as the authors do.")
     ] = Postprocess.components,
     engine: Annotated[Engine, typer.Option(help="fast: the same labels; fast-bf16: faster, some voxels differ; plain: as written.")] = Engine.fast,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch chooses.")] = None,
@@ -123,7 +125,10 @@ def _print_outcome(outcome: "Outcome") -> None:
 
 
 @app.command()
-def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects.")] = False) -> None:
+def networks(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="These, e.g. monai:DynUNet; by default all but MONAI's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As a JSON list of objects.")] = False,
+) -> None:
     """List the networks in their default configurations.
 
     GMAC: multiply-accumulates of the convolutions of one pass at the stated grid, in thousand millions, as the network is written here.
@@ -134,7 +139,7 @@ def networks(as_json: Annotated[bool, typer.Option("--json", help="As a JSON lis
     from lod_model.networks.cost import macs
 
     rows, grid = [], "1mm"
-    for name in known.names():
+    for name in names or known.names():
         network = known.build(name)
         rows.append({
             "name": name,

@@ -11,6 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from data_registry.errors import InputError
+from data_registry.protocol import Protocol
 
 METHODS = ("none", "components", "release")
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
@@ -40,6 +41,16 @@ def postprocess(probabilities: np.ndarray, *, method: str) -> np.ndarray:
         mask = hard_classes(probabilities) > 0
         _to_background(probabilities, mask & ~largest_component(mask))
     return probabilities
+
+
+def fitting(method: str, protocol: Protocol) -> str:
+    """The method for labels of a protocol: ``components`` only where they make one piece, which nuclei without the white matter between do not.
+
+    >>> from data_registry import protocol
+    >>> fitting("components", protocol.load("lod7")), fitting("components", protocol.load("fsl_first"))
+    ('components', 'none')
+    """
+    return "none" if method == "components" and "white_matter" not in protocol.groups else method
 
 
 def clean_labels(labels: np.ndarray, *, method: str) -> np.ndarray:

@@ -48,8 +48,8 @@ def predict_classes(
     """
     found = predict_any(network, conformed, protocols=protocols, voxel_mm=voxel_mm, mean=mean, deviation=deviation, threads=threads)
     if isinstance(found, dict):
-        return {name: cleaning.clean_labels(labels, method=method) for name, labels in found.items()}
-    labels = cleaning.hard_classes(cleaning.postprocess(found, method=method))
+        return {name: cleaning.clean_labels(labels, method=_fitting(method, name)) for name, labels in found.items()}
+    labels = cleaning.hard_classes(cleaning.postprocess(found, method=_fitting(method, protocols[0])))
     return dict([with_sides(protocols[0], labels)])
 
 
@@ -66,6 +66,10 @@ def predict_any(
     if 4 * protocol_tables.load(protocols[0]).classes * conformed.size <= MAX_PROBABILITY_BYTES and output_protocol(protocols[0]) == protocols[0]:
         return predict(network, conformed, **how)
     return dict([with_sides(protocols[0], _slabwise(network, conformed, **how))])
+
+
+def _fitting(method: str, protocol: str) -> str:
+    return cleaning.fitting(method, protocol_tables.load(protocol))
 
 
 def output_protocol(name: str) -> str:

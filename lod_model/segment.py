@@ -182,10 +182,12 @@ def _native_labels(
     Probabilities are interpolated before the largest is taken; of label maps the nearest voxel is.
     """
     if isinstance(found, dict):
-        on_grid = {name: cleaning.clean_labels(labels, method=postprocess) for name, labels in found.items()}
+        on_grid = {
+            name: cleaning.clean_labels(labels, method=cleaning.fitting(postprocess, protocols.load(name))) for name, labels in found.items()
+        }
         native = {name: labels_to_native(labels, conformed.placement) for name, labels in on_grid.items()}
     else:
-        probabilities = cleaning.postprocess(found, method=postprocess)
+        probabilities = cleaning.postprocess(found, method=cleaning.fitting(postprocess, protocols.load(weights.protocols[0])))
         on_grid = {weights.protocols[0]: cleaning.hard_classes(probabilities)}
         native = {weights.protocols[0]: probabilities_to_native(probabilities, conformed.placement)}
     at_edge = any(max(cut_cm2(labels, Volume(labels, conformed.placement.affine)).values()) > MAX_CUT_CM2 for labels in on_grid.values())

@@ -76,12 +76,15 @@ class SliceDataset(Dataset):
         return generator.choice(labelled, number, replace=len(labelled) < number).tolist()
 
     def _scales(self, scale: float, number: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) each: the zoom inside, ``scale`` and noise, and the factor of the zoom before the network, 1 and noise."""
+        """(n,) each: the zoom inside, ``scale`` and noise, and the factor of the zoom before the network.
+
+        What is enlarged before the network has smaller voxels, so its zoom inside begins from as much more.
+        """
         if self.validation:
             return np.full(number, scale), np.ones(number)
-        draws = [(about, about + deviation * generator.standard_normal(number)) for about, deviation in
-                 ((scale, self.inner_scale), (1.0, self.how.outer_scale))]  # fmt: skip
-        return tuple(np.clip(drawn, about / MOST, about * MOST) for about, drawn in draws)
+        noise = self.inner_scale * generator.standard_normal(number)
+        outer = generator.uniform(*self.how.outer_scale, number)
+        return np.clip(scale * outer + noise, scale * outer / MOST, scale * outer * MOST), outer
 
     def _weights(self, view: str, classes: np.ndarray, counts: np.ndarray, chosen: list[int]) -> np.ndarray:
         """(n, H, W) float32: those of the whole volume, computed on a slab around each slice."""

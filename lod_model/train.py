@@ -21,7 +21,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model import preempt
+from lod_model import preempt, readers
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.tracking import Tracker
 
@@ -71,7 +71,7 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
             child = tracker.run(run_key(run, identity, fold), name=f"{run}-fold-{fold}", parent=parent, tags=tags | {"fold": str(fold)})
             progress.update(bar, completed=done * epochs, description=f"{run} fold {fold}")
             tick = functools.partial(progress.update, bar, advance=1)
-            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening():
+            with tracker.underway(parent), tracker.underway(child, machine=True), preempt.listening(), readers.in_one_line():
                 _train_fold(network, params, fold, roles, identity, tracker=tracker, child=child, tick=tick)
         progress.update(bar, completed=epochs * len(todo), note="")
     tracker.finish(parent)
@@ -177,7 +177,11 @@ def _grown(network: str, level: str, previous, params: Params):
     torch.manual_seed(params.train.seed)
     learned = [protocol.load(name) for name in networks.outputs(network, params.train.protocols)]
     window = {"window": params.train.crops.side} if networks.recipe_of(network).samples == "crops" else {}
-    config = {**networks.config_for(network, learned), **window, **params.train.network_of(network)}
+    own, given = params.train.network_of(network), networks.config_for(network, learned)
+    for key, value in given.items():
+        if own.get(key, value) != value:
+            raise InputError(f"train.network: {key} of {network} is {own[key]}; it follows from train.protocol, so {value}, or nothing, is wanted")
+    config = {**window, **own, **given}  # the protocols in the order of train.protocol, which is that of the label maps
     if level == "coarse":
         return networks.build_coarse(network, config)
     net = networks.build(network, config)

@@ -9,8 +9,8 @@ it does not name are deleted.
 On a Ray cluster the project and the databases stand on a file system that all nodes share, at the same path. From a node of the
 cluster, or as a job, whose own folder is a copy of the code: hence ``--project``::
 
-    ray job submit --address http://head:8265 --working-dir . -- python -m pipelines.harmonise --project /shared/project
-    ray job submit --address http://head:8265 --working-dir . -- dvc --cd /shared/project repro harmonise
+    ray job submit --address http://127.0.0.1:8265 --runtime-env infra/ray/job.yaml -- python -m pipelines.harmonise --project /shared/project
+    ray job submit --address http://127.0.0.1:8265 --runtime-env infra/ray/job.yaml -- dvc --cd /shared/project repro harmonise
 """
 
 import argparse

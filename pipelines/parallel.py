@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -64,6 +65,7 @@ def run_bounded(
                 running[remote.options(memory=size).remote(*task.item)] = task
             for task in _finished(ray, running):
                 if task.death:
+                    task.nodes |= frozenset(nodes)  # it may have died on one that an autoscaler has added since
                     dead.append(task)
                 else:
                     yield task.index, task.result
@@ -129,9 +131,10 @@ class _cluster:
         if self.address:
             self._join(quiet)
             return
-        # a private cluster on loopback: no token, no dashboard, nothing sent home
+        # a private cluster on loopback: a token that nobody else knows, no dashboard, nothing sent home
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        if "RAY_AUTH_MODE" not in os.environ:  # then Ray asks for a token, and would write one to ~/.ray
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         self.ray.init(num_cpus=self.workers, include_dashboard=False, object_store_memory=200_000_000, _node_ip_address="127.0.0.1", **quiet)
 
     def _join(self, quiet: dict) -> None:
@@ -142,7 +145,7 @@ class _cluster:
             if host and port.isdigit():
                 socket.create_connection((host, int(port)), timeout=JOIN_S).close()  # Ray itself would try for minutes
             self.ray.init(address=self.address, **quiet)
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, self.ray.exceptions.RayError) as error:  # the last: no token, or another's
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"Ray cluster {self.address} cannot be joined ({reason}); a node of a running cluster is wanted") from None
 

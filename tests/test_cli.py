@@ -54,6 +54,10 @@ def test_networks_as_a_list_of_objects():
     assert (ours["grid"], ours["side"], ours["gmac"], ours["multiple"]) == ("1mm", 256, 1190.2, 8)
     assert (ours["stages"], plain["stages"]) == (["coarse", "fine"], ["fine"])
     assert abs(plain["gmac"] / ours["gmac"] - 1) < 0.05
+    named = json_of("networks", "monai:SwinUNETR", "unet", "--json")
+    assert [row["name"] for row in named] == ["monai:SwinUNETR", "unet"] and named[1] == plain
+    assert isinstance(named[0]["parameters"], int) and named[0]["config"]["net"] == "SwinUNETR" and named[0]["gmac"] > 1000
+    assert "network monai:Net: net: 'Net', wanted a class of monai.networks.nets" in refused("networks", "monai:Net")
     header, *lines = lodbrain("networks").stdout.splitlines()
     assert header.split("\t")[:2] == ["name", "parameters"] and lines[0].split("\t")[1] == "axial 1799206, coronal 1799206, sagittal 1797386"
     assert lines[2].startswith("lod_brain\t337719\tfastsurfer51, ") and lines[2].endswith("\t1mm\t256\t1190.2\t8\tcoarse, fine")

@@ -18,7 +18,7 @@ from data_registry.volume import load_labels, save_volume
 from lod_model import evaluate, weights
 from lod_model.cli import app
 from lod_model.data import all_folds
-from lod_model.train import fold_folder, train
+from lod_model.train import _grown, fold_folder, train
 
 PARAMS = """
 networks: [lod_brain, unet, neuronet, fastsurfer_cnn, fastsurfer_vinn, "monai:SegResNet"]
@@ -144,8 +144,37 @@ def test_a_name_that_is_no_network_is_refused(project, monkeypatch):
     wrong = params.train.model_copy(update={"network": {"nett": {"widths": [2]}}})
     with pytest.raises(InputError, match="train.network.nett: no such network"):
         train("unet", params.model_copy(update={"train": wrong}), all_folds())
+    wrong = params.train.model_copy(update={"network": {"unet": 5}})
+    with pytest.raises(InputError, match="train.network.unet is 5; settings of that network are wanted below it"):
+        train("unet", params.model_copy(update={"train": wrong}), all_folds())
     with pytest.raises(InputError, match="'resnet' is not known; one of .*fastsurfer_cnn.* or monai:<class>"):
         train("resnet", params, all_folds())
+
+
+@pytest.mark.parametrize(
+    ("network", "own", "line"),
+    [
+        ("neuronet", {"protocols": {"lod7": 7, "fsl_fast": 9}}, "protocols of neuronet is .*'fsl_fast': 9}; it follows from train.protocol"),
+        ("unet", {"classes": 9}, "classes of unet is 9; it follows from train.protocol, so 7, or nothing, is wanted"),
+        ("fastsurfer_vinn", {"sagittal_classes": 3}, "sagittal_classes of fastsurfer_vinn is 3; .* so 7, or nothing, is wanted"),
+        ("monai:DynUNet", {"net": "UNet"}, "network monai:DynUNet: net: 'UNet', wanted DynUNet"),
+    ],
+)
+def test_what_follows_from_other_settings_is_not_set_otherwise(project, monkeypatch, network, own, line):
+    monkeypatch.chdir(project)
+    params = load_params()
+    wrong = params.train.model_copy(update={"network": {network: own}})
+    with pytest.raises(InputError, match=line):
+        train(network, params.model_copy(update={"train": wrong}), all_folds())
+
+
+def test_outputs_stand_in_the_order_of_the_protocols(project, monkeypatch):
+    """Label maps are told apart by it."""
+    monkeypatch.chdir(project)
+    params = load_params()
+    own = {"neuronet": {**params.train.network_of("neuronet"), "protocols": {"fsl_fast": 4, "lod7": 7}}}
+    net = _grown("neuronet", "fine", None, params.model_copy(update={"train": params.train.model_copy(update={"network": own})}))
+    assert list(net.config.protocols) == ["lod7", "fsl_fast"]
 
 
 def test_weights_say_all_protocols(trained):

@@ -300,3 +300,8 @@ def test_bad_configurations_are_one_line(network, config, line):
 def test_bad_slices_and_scales(shape, scale, line):
     with pytest.raises(ValueError, match=line):
         small_vinn()(torch.zeros(shape), scale)
+
+
+def test_a_voxel_size_far_from_that_inside_is_the_users_mistake():
+    with pytest.raises(InputError, match="scale: 0.01, which leaves no pixel of 32 .*; base_mm near the voxel size is wanted"):
+        zoomed_sizes(32, 32, np.float32(0.01))

@@ -169,6 +169,7 @@ def test_configuration_as_a_dict_and_back():
         ({"filters": [16]}, r"filters: \[16\], wanted two or more positive integers"),
         ({"filters": [16, 8]}, r"filters: \[16, 8\], wanted none smaller than the one before it"),
         ({"units": 0}, "units: 0, wanted a positive integer"),
+        ({"window": 8}, "window: 8, the side of crops too, wanted at least 16"),
         ({"activation": "elu"}, "activation: 'elu', wanted one of relu6, leaky_relu, relu"),
         ({"epsilon": True}, "epsilon: True, wanted a positive number"),
     ],

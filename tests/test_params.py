@@ -33,7 +33,7 @@ def test_the_projects_own_settings():
         ("index: {roots: [a]}\nharmonise: {intensity: n5}\n", "harmonise.intensity is 'n5': Input should be 'robust', 'n4', 'whitestripe' or"),
         ("index: {roots: [a]}\nharmonise: {interpolation: nearest}\n", "harmonise.interpolation is 'nearest': Input should be 'linear' or 'cubic'"),
         ("index: {roots: [a]}\ntrain: {standardise: z}\n", "train.standardise is 'z': Input should be 'none' or 'nyul'"),
-        ("index: {roots: [a]}\nsplit: {folds: 1}\n", "split.folds is 1"),
+        ("index: {roots: [a]}\nsplit: {folds: 0}\n", "split.folds is 0"),
         ("index: {roots: [a]}\nsplit: {key: planet}\n", "split.key is 'planet'"),
         ("index: {roots: [a]}\ntrain: {fine_patch: 0}\n", "train.fine_patch is 0"),
         ("index: {roots: [a]}\ntrain: {coarse_level: melted}\n", "train.coarse_level is 'melted': Input should be 'trained' or 'frozen'"),

@@ -155,7 +155,7 @@ def test_an_unlabelled_scan_gives_slices_all_the_same():
 
 def test_a_sample_depends_on_seed_epoch_and_scan_alone():
     scan = small_scan(picture(), fastsurfer79=labels("fastsurfer79"))
-    how = {"inner_scale": 0.1, "augmentation": "light", "how": Slices(outer_scale=0.2)}
+    how = {"inner_scale": 0.1, "augmentation": "light", "how": Slices(outer_scale=(0.8, 1.2))}
     one, same, other, later = (samples(scan, **how)[3, 0], samples(scan, **how)[3, 0], samples(scan, seed=1, **how)[3, 0], samples(scan, **how)[4, 0])
     assert all(torch.equal(one[name], same[name]) for name in one)
     for name in one:
@@ -216,11 +216,24 @@ def test_the_outer_zoom_moves_image_labels_and_weights_together(factor):
         assert torch.allclose(after[name][1].float(), found[name][1].float(), atol=1e-5)
 
 
+def test_the_zoom_inside_follows_the_outer_one():
+    """A square of 9 voxels that became wider before the network has voxels that are smaller by as much."""
+    classes = np.zeros((64, 64, 64), np.uint8)
+    classes[28:37, 28:37, 28:37] = 1
+    scan = small_scan(picture(classes.shape), voxel_mm=0.8, fastsurfer79=classes)
+    sample = samples(scan, how=Slices(per_visit=40, outer_scale=(0.6, 1.4), weights=()))[0, 0]
+    sides = (sample["axial_target"] == 1).sum((1, 2)).sqrt().numpy()
+    scales = sample["axial_scale"].numpy()
+    assert scales.std() > 0.2 and np.abs(sides / 9 - scales / 1.25).max() < 0.12
+    noisy = samples(scan, how=Slices(per_visit=40, inner_scale=0.1, outer_scale=(0.6, 1.4), weights=()))[0, 0]["axial_scale"].numpy()
+    assert 0.07 < (noisy - scales).std() < 0.13  # the same outer zooms
+
+
 def test_the_outer_zoom_is_of_training_alone():
     scan = small_scan(picture(), fastsurfer79=labels("fastsurfer79"))
-    plain, wide = (samples(scan, how=Slices(outer_scale=deviation))[0, 0] for deviation in (0.0, 0.3))
+    plain, wide = (samples(scan, how=Slices(outer_scale=spread))[0, 0] for spread in ((1.0, 1.0), (0.6, 1.4)))
     assert not torch.equal(plain["axial_target"], wide["axial_target"]) and plain["axial_target"].shape == wide["axial_target"].shape
-    calm, same = (samples(scan, how=Slices(outer_scale=deviation), validation=True)[0, 0] for deviation in (0.0, 0.3))
+    calm, same = (samples(scan, how=Slices(outer_scale=spread), validation=True)[0, 0] for spread in ((1.0, 1.0), (0.6, 1.4)))
     assert all(torch.equal(calm[name], same[name]) for name in calm)
 
 

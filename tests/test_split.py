@@ -125,6 +125,22 @@ def test_hold_out_list_and_its_errors():
         split.compile_split([scan(i, "only") for i in range(4)], Split())
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_one_fold_holds_no_place_out(places):
+    """As the paper of NeuroNet splits one database: 5,000 people, 10 and 713; here 80, of whom 10 are tested on and 2 validated on."""
+    scans = [scan(i, f"place{i % places}") for i in range(80)]
+    settings = Split(folds=1, internal_share=0.125, val_share=0.03)
+    rows, notes = split.compile_split(scans, settings)
+    told = list(roles(rows, 0).values())
+    tested = 10 if places == 1 else 12  # of 27, 27 and 26 people every eighth, rounded up
+    assert len(rows) == 80 and {role: told.count(role) for role in split.ROLES} == {
+        "train": 78 - tested, "val": 2, "internal_test": tested, "external_test": 0, "excluded": 0,
+    }  # fmt: skip
+    assert notes == [[]] and not any(entry["overlaps"] for entry in split.prove(rows, scans, settings))
+    with pytest.raises(InputError, match="split.folds is 1 and split.internal_share 0, which leaves nobody to test on"):
+        split.compile_split(scans, Split(folds=1, internal_share=0))
+
+
 def test_fewer_people_are_among_more_and_the_tests_stay():
     scans = [scan(10 * p + i, f"place{p}") for p in range(3) for i in range((4, 9, 6)[p])]
     scans += [scan(90, "place1", person="p10"), scan(91, "place1", person="p12")]  # a second visit goes with the first

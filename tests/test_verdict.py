@@ -97,3 +97,14 @@ def test_anisotropic_voxels_have_faces_of_their_own_area():
 def test_a_warning_asks_for_a_review():
     found = judge(*_head(), LOD7, warnings=("left and right are not certain",))
     assert (found.verdict, found.reasons) == ("review", ("left and right are not certain",))
+
+
+@pytest.mark.parametrize(("name", "missing", "verdict"), [("fastsurfer95", 9, "review"), ("fastsurfer95", 10, "fail"), ("fsl_first", 1, "review"),
+                                                          ("fsl_fast", 1, "fail"), ("malp_em", 0, "pass")])  # fmt: skip
+def test_few_missing_classes_of_many_ask_for_a_look(name, missing, verdict):
+    table = protocols.load(name)
+    classes = np.zeros((8, 8, 8), np.uint8)
+    classes[1:-1, 1:-1, 1:-1] = np.resize(np.arange(1, table.classes - missing), 216).reshape(6, 6, 6)
+    found = judge(classes, Volume(classes.astype(np.float32), np.eye(4)), table)
+    assert found.verdict == verdict and len(found.reasons) == bool(missing)
+    assert all(reason.startswith(f"no voxel of {', '.join(table.class_names[-missing:])} was found") for reason in found.reasons)

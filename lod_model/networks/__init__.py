@@ -99,7 +99,10 @@ def _module(name: str) -> tuple[ModuleType, str]:
 def _made(name: str, how: str, config: dict | None) -> nn.Module | None:
     module, network = _module(name)
     maker = getattr(getattr(module, network), how, lambda _: None)
-    config = dict(config or {}) | ({"net": name.removeprefix(MONAI)} if name.startswith(MONAI) else {})
+    config = dict(config or {})
+    wanted = name.removeprefix(MONAI)
+    if wanted != name and config.setdefault("net", wanted) != wanted:
+        raise InputError(f"network {name}: net: {config['net']!r}, wanted {wanted}, as its name says, or nothing")
     try:
         return maker(config)
     except ValueError as error:

@@ -16,8 +16,9 @@ FIELD_OF_VIEW_MM = 256   # of a named grid
 def macs(network: nn.Module, side: int) -> int:
     """Multiply-accumulates of one pass over (1, 1, side, side, side); ``side`` a multiple of ``network.config.multiple``.
 
-    Counted at the smallest side and scaled: the cost of a padded convolution is proportional to the number of voxels. Padding counts as
-    if it were multiplied; norms, activations and sums do not count. The networks of three views pass over every slice of each.
+    Counted at the smallest side, or that of a network's windows, and scaled: the cost of a padded convolution is proportional to the number
+    of voxels, and windows are counted as if they did not overlap. Padding counts as if it were multiplied; norms, activations and sums do not
+    count. The networks of three views pass over every slice of each.
 
     >>> from lod_model import networks
     >>> for name in networks.names():
@@ -33,6 +34,9 @@ def macs(network: nn.Module, side: int) -> int:
         raise ValueError(f"side: {side}, wanted a positive multiple of {smallest}")
     if isinstance(network, ThreeViews):
         return _macs_of_views(network, side)
+    if hasattr(network.config, "window"):
+        window = network.config.window + -network.config.window % smallest
+        return _macs_of_a_window(network, window) * side**3 // window**3
     parameter = next(network.parameters())
     was_training = network.training
     network.eval()
@@ -40,6 +44,13 @@ def macs(network: nn.Module, side: int) -> int:
         network(parameter.new_zeros(1, 1, smallest, smallest, smallest))
     network.train(was_training)
     return counter.get_total_flops() // 2 * (side // smallest) ** 3
+
+
+def _macs_of_a_window(network: nn.Module, side: int) -> int:
+    """On the meta device, where nothing is computed."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(network).to("meta").eval()(torch.zeros(1, 1, side, side, side, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _macs_of_views(network: ThreeViews, side: int) -> int:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data_registry.errors import InputError
 from lod_model.networks.competitive import CompetitiveBlock, CompetitiveUNet, ThreeViews, ViewsConfig, check_slices, initialise, laid_out
 from lod_model.networks.conventions import is_integer, is_number
 from lod_model.networks.recipe import Recipe
@@ -93,7 +94,7 @@ class FastSurferVINNConfig(ViewsConfig):
 def zoomed_sizes(size: int, target: int, scale: np.float32) -> tuple[int, int, np.float32]:
     """Along an axis of ``size`` pixels: how many are taken, what number they become, and the scale that makes, taken / become.
 
-    At most ``target`` pixels come out; fewer are padded to it. ValueError for a scale that leaves none.
+    At most ``target`` pixels come out; fewer are padded to it. InputError for a scale that leaves none.
 
     >>> zoomed_sizes(320, 256, np.float32(0.8))                                # 256 · 0.8 = 204.8 pixels become 256
     (204, 256, np.float32(0.796875))
@@ -107,7 +108,7 @@ def zoomed_sizes(size: int, target: int, scale: np.float32) -> tuple[int, int, n
     if taken > size:
         taken, become = size, int(np.float32(size) / scale)
     if taken < 1 or become < 1:
-        raise ValueError(f"scale: {scale:g}, which leaves no pixel of {size} to zoom to {target}")
+        raise InputError(f"scale: {scale:g}, which leaves no pixel of {size} to zoom to {target}; base_mm near the voxel size is wanted")
     return taken, become, np.float32(taken / become)
 
 

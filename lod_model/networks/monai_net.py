@@ -1,8 +1,9 @@
 """Any 3-D network of MONAI, by the name of its class: ``monai:DynUNet``, ``monai:SegResNet``, ``monai:SwinUNETR`` …
 
-They are not rewritten and not changed: MONAI's class is made with one channel in, the protocol's classes out, what ``DEFAULTS`` says where the
-class has no defaults of its own, and ``arguments`` of the configuration. They are trained on cubes with LOD-Brain's soft Dice over the classes
-that a cube has, and predict in overlapping windows, since most of them do not fit a whole head into memory.
+They are not rewritten and not changed: MONAI's class is made with one channel in, the protocol's classes out, the window where it wants to know
+an image's size, what ``DEFAULTS`` says where it has no defaults of its own, and ``arguments`` of the configuration. They are trained on cubes
+with LOD-Brain's soft Dice over the classes that a cube has, and predict in overlapping windows, since most of them do not fit a whole head into
+memory.
 
 Source: Project MONAI, ``monai.networks.nets``; each class names its paper.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass, field
 
+import torch
 from monai.networks import nets
 from torch import Tensor, nn
 
+from data_registry.errors import InputError
 from lod_model.networks.conventions import check_image, is_integer
 from lod_model.networks.recipe import Recipe
 
@@ -24,7 +27,7 @@ DEFAULTS = {
     "DynUNet": {"kernel_size": [3] * 5, "strides": [1, 2, 2, 2, 2], "upsample_kernel_size": [2] * 4, "res_block": True},
     "UNet": {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2), "num_res_units": 2},
 }
-"""Of classes that cannot be made without."""
+"""Of classes that cannot be made without, by the first of their names: MONAI has Unet for UNet, too."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,33 @@ class MONAINet(nn.Module):
         made = getattr(nets, config.net)
         takes = inspect.signature(made).parameters
         offered = {"spatial_dims": 3, "dimensions": 3, "in_channels": 1, "out_channels": config.classes, "num_classes": config.classes}
-        given = {name: value for name, value in offered.items() if name in takes} | DEFAULTS.get(config.net, {}) | config.arguments
+        offered |= dict.fromkeys(("img_size", "input_image_size"), (config.window,) * 3)
+        given = {name: value for name, value in offered.items() if name in takes} | DEFAULTS.get(made.__name__, {}) | config.arguments
         try:
             self.net = made(**given)
         except Exception as error:  # MONAI's classes raise what they like
             raise ValueError(f"{config.net} cannot be made ({' '.join(str(error).split())}); arguments that it takes are wanted") from None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, 1, D, H, W), z-scored over all voxels → logits (B, classes, D, H, W); of several outputs the first, as in deep supervision."""
+        """x (B, 1, D, H, W), z-scored over all voxels → logits (B, classes, D, H, W); of several outputs the first, as in deep supervision.
+
+        ValueError for an image that is none of ours, InputError where MONAI's class does not take it or gives something else.
+        """
         check_image(x, self.config.multiple)
-        logits = self.net(x)
+        try:
+            logits = self.net(x)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # as when it is made
+            failed = f"fails on {' × '.join(map(str, x.shape[2:]))} voxels ({' '.join(str(error).split())})"
+            raise InputError(f"network monai:{self.config.net}: {failed}; other arguments, multiple or crops are wanted") from error
         if isinstance(logits, list | tuple):
             logits = logits[0]
-        if logits.ndim == 6:  # DynUNet stacks the outputs of its levels
+        if getattr(logits, "ndim", 0) == 6:  # DynUNet stacks the outputs of its levels
             logits = logits[:, 0]
-        if logits.shape != (len(x), self.config.classes, *x.shape[2:]):
-            wanted = (len(x), self.config.classes, *x.shape[2:])
-            raise ValueError(f"{self.config.net} gives {tuple(logits.shape)}; a network for segmentation, which gives {wanted}, is wanted")
+        wanted, came = (len(x), self.config.classes, *x.shape[2:]), tuple(getattr(logits, "shape", ()))
+        if came != wanted:
+            raise InputError(f"network monai:{self.config.net}: gives {came}; a network for segmentation, which gives {wanted}, is wanted")
         return logits
 
     @classmethod

@@ -98,6 +98,8 @@ class NeuroNetConfig:
         for name in ("units", "window"):
             if not is_integer(getattr(self, name), 1):
                 raise ValueError(f"{name}: {getattr(self, name)!r}, wanted a positive integer")
+        if self.window < 2 * self.multiple:   # of one voxel at the deepest scale a batch norm in training has no variance
+            raise ValueError(f"window: {self.window}, the side of crops too, wanted at least {2 * self.multiple}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation: {self.activation!r}, wanted one of {', '.join(ACTIVATIONS)}")
         if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float) or not 0 < self.epsilon < math.inf:

@@ -37,11 +37,15 @@ class Cluster:
 
     def start(self) -> None:
         """The head, then the nodes."""
-        self._ray("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1", "--num-cpus=0",
-                  f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder.name}",
-                  address=HEAD)  # fmt: skip
+        self.start_head()
         for node in NODES:
             self.start_node(node)
+
+    def start_head(self, *options: str) -> None:
+        """The head, which has no CPUs."""
+        self._ray("--head", *options, f"--port={self.port}", f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1", "--num-cpus=0",
+                  f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}", f"--temp-dir={self.folder.name}",
+                  address=HEAD)  # fmt: skip
 
     def start_node(self, address: str) -> None:
         """One more node: 2 CPUs."""

@@ -1,4 +1,4 @@
-"""The stage harmonise on a real cluster: as a job, under DVC, and through the deaths of a node, of the driver and of a scan's workers.
+"""The stage harmonise on a real cluster, through the deaths of a node, of the driver and of a scan's workers.
 
 Every way ends in the bytes of an undisturbed run on one machine.
 """
@@ -14,71 +14,23 @@ import time
 from pathlib import Path
 
 import pytest
+from harmonised import WAIT_S, hashes
 from real_cluster import Cluster
-from small_heads import CHECKOUT, add_subject
+from small_heads import CHECKOUT
 
-from data_registry.files import sha256
 from data_registry.schema import read_table
 
 pytestmark = pytest.mark.ray
-PARAMS = "index:\n  roots: [{roots}]\nharmonise: {{grid: 8mm, shards_per_site: 4}}\nresources: {{task_gb: {task_gb}}}\n"
-SUBJECTS = 8
-WAIT_S = 120
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    loopback = Cluster()
-    try:
-        loopback.start()
-        yield loopback
-    finally:
-        loopback.stop()
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory) -> Path:
-    """A project of two sites, harmonised on this machine alone."""
-    folder = tmp_path_factory.mktemp("reference")
-    for number, site in enumerate(("alpha", "beta")):
-        for subject in range(SUBJECTS):
-            add_subject(folder / "roots" / site, f"{subject:02d}", seed=10 * number + subject)
-    project = folder / "project"
-    project.mkdir()
-    (project / "params.yaml").write_text(PARAMS.format(roots=folder / "roots", task_gb="null"))
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
-    for stage in ("index", "harmonise"):
-        subprocess.run([sys.executable, "-m", f"pipelines.{stage}"], cwd=project, env=environment, check=True, timeout=WAIT_S)
-    return project
 
 
 @pytest.fixture(scope="module")
 def code(tmp_path_factory) -> Path:
-    """What a job takes along as its working directory."""
+    """The stage's code, and a driver that disturbs it."""
     folder = tmp_path_factory.mktemp("code")
     for room in ("pipelines", "data_registry"):
         shutil.copytree(CHECKOUT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(Path(__file__).with_name("disturbed_harmonise.py"), folder)
     return folder
-
-
-@pytest.fixture
-def project(reference, tmp_path) -> Path:
-    """The reference's project with nothing harmonised."""
-    (tmp_path / "tables").mkdir()
-    shutil.copy(reference / "tables/scans.parquet", tmp_path / "tables")
-    shutil.copy(reference / "params.yaml", tmp_path)
-    return tmp_path
-
-
-def hashes(project: Path) -> dict[str, str]:
-    files = [path for path in project.rglob("shards/**/*") if path.is_file()] + [project / "tables/samples.parquet"]
-    return {str(path.relative_to(project)): sha256(path) for path in files}
-
-
-def submit(cluster: Cluster, code: Path, *words: str) -> subprocess.CompletedProcess:
-    command = ["ray", "job", "submit", "--address", cluster.dashboard, "--working-dir", str(code), "--", *words]
-    return subprocess.run(command, env=cluster.environment, cwd=code, capture_output=True, text=True, timeout=WAIT_S)
 
 
 def start_driver(cluster: Cluster, code: Path, project: Path, **environment: str) -> subprocess.Popen:
@@ -100,24 +52,6 @@ def trace_of(project: Path) -> list[tuple[str, str, int]]:
     """(begin or end, scan, process id of the node) in the order in which they happened."""
     lines = [line.split() for line in (project / "trace").read_text().splitlines()] if (project / "trace").exists() else []
     return [(what, scan, int(node)) for what, scan, node in lines]
-
-
-def test_a_job_makes_the_same_shards(cluster, code, reference, project):
-    done = submit(cluster, code, "python", "-m", "pipelines.harmonise", "--project", str(project))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert hashes(project) == hashes(reference) and len(hashes(project)) > 4
-
-
-def test_a_job_of_dvc_makes_the_same_shards(cluster, code, reference, project):
-    for name in ("pipelines", "data_registry", "dvc.yaml"):
-        (project / name).symlink_to(CHECKOUT / name)
-    quiet = cluster.environment | {"DVC_NO_ANALYTICS": "1"}
-    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, env=quiet, check=True)
-    settings = (project / "params.yaml").read_text()
-    (project / "params.yaml").write_text(settings + "experiment: base\nnetworks: [lod_brain]\ntrain: {seed: 0, protocol: lod7}\n")
-    done = submit(cluster, code, "dvc", "--cd", str(project), "repro", "--single-item", "harmonise")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert hashes(project) == hashes(reference)
 
 
 @pytest.mark.parametrize("raylet", ["first", "last"])

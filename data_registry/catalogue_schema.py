@@ -1,0 +1,198 @@
+"""What the catalogue says of a database and of its sites; an error names the field, what came and what was wanted."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+
+NAME_PATTERN = r"[A-Za-z0-9_-]+"
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Strict(), Field(ge=0)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+Tesla = Annotated[Number, Field(gt=0, lt=12)]
+Years = Annotated[Number, Field(ge=0, le=120)]
+Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+)$")]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SiteRule(_Entry):
+    """How a scan of a database gets its site; exactly one of the four."""
+
+    participants: Text | None = None
+    """A column of participants.tsv."""
+    sidecar: Text | None = None
+    """A field of the T1w's JSON sidecar."""
+    prefix: Text | None = None
+    """A regular expression whose first group, in the subject's label, is the site."""
+    single: Text | None = None
+    """The only site."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "SiteRule":
+        if sum(value is not None for value in self.__dict__.values()) != 1 or len(self.model_fields_set) != 1:
+            raise ValueError("exactly one of participants, sidecar, prefix, single is wanted")
+        if self.prefix is not None:
+            try:
+                groups = re.compile(self.prefix).groups
+            except re.error as error:
+                raise ValueError(f"a regular expression in prefix is wanted ({error})") from None
+            if groups < 1:
+                raise ValueError("a regular expression with a group, the site, in prefix is wanted")
+        return self
+
+
+class Ages(_Entry):
+    """At scan, in years."""
+
+    mean: Years | None = None
+    sd: Years | None = None
+    min: Years | None = None
+    max: Years | None = None
+
+
+class Sexes(_Entry):
+    """How many people; who is neither stated F nor M stands in neither."""
+
+    F: Count | None = None
+    M: Count | None = None
+
+
+class Redistribution(_Entry):
+    """May it be given on? Null: nobody says."""
+
+    images: Flag | None = None
+    labels: Flag | None = None
+    weights: Flag | None = None
+
+
+class LabelSource(_Entry):
+    """What made the labels that come with a database."""
+
+    source: Text
+    version: Text | None = None
+
+
+class LodBrainRow(_Entry):
+    """A row of LOD-Brain's published table of 78 databases, which is a database here, or some of its sites."""
+
+    scans: Count
+    sites: list[Text] | None = None
+    """Null: the whole database."""
+
+
+class _Described(_Entry):
+    """What is known of a database and of a site alike."""
+
+    subjects: Count | None = None
+    scans: Count | None = None
+    """T1w scans to expect."""
+    age_years: Ages | None = None
+    sexes: Sexes | None = None
+    note: Text | None = None
+
+
+class Site(_Described):
+    """A site as its database names it."""
+
+    place: Text
+    """The institution, the same name across databases."""
+    country: Text | None = None
+    """Null where the database has one country."""
+    scanner: Text | None = None
+    """One machine at a place, the same name across databases; null if unknown."""
+    manufacturer: Text | None = None
+    model: Text | None = None
+    """As DICOM's ManufacturerModelName, without the maker's "MAGNETOM"."""
+    field_strength_tesla: Tesla | None = None
+    voxel_mm: Annotated[list[Annotated[Number, Field(gt=0, lt=20)]], Field(min_length=3, max_length=3)] | None = None
+    """Of the T1w as scanned: in plane, in plane, between slices."""
+
+
+class Database(_Described):
+    """A database and its sites."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
+    """As its folder is called."""
+    title: Text
+    corpus: Flag = True
+    """False for test data, which the catalogue's figures leave out."""
+    used_by: list[Literal["LOD-Brain", "FastSurferVINN", "NeuroNet"]] = []
+    """Papers whose corpus it belongs to."""
+    countries: list[Text] = []
+    licence: Text | None = None
+    access: Literal["open", "registration", "agreement"] | None = None
+    route: Text | None = None
+    """Where the images are got: S3 prefix, OpenNeuro number, portal."""
+    redistribute: Redistribution = Redistribution()
+    state: Literal["available", "embargoed", "withdrawn"] | None = None
+    citation: Text | None = None
+    doi: Annotated[str, Field(pattern=r"^10\.\d{4,9}/\S+$")] | None = None
+    """Of the paper to cite."""
+    labels: LabelSource | None = None
+    defaced: Flag | None = None
+    family_column: Text | None = None
+    """The column of participants.tsv that relatives share; null if the database has none."""
+    site_rule: SiteRule
+    sites: Annotated[dict[Text, Site], Field(min_length=1)]
+    lod_brain: dict[Text, LodBrainRow] = {}
+    """Rows of LOD-Brain's table that stand for this database or its sites, by id."""
+    source: Text | None = None
+    """Where everything that ``sources`` does not name was read."""
+    documents: dict[Text, Address] = {}
+    """Addresses of what was read, by a short name."""
+    sources: dict[Text, Text] = {}
+    """Field → document; ``sites.*.model`` speaks of all sites, ``sites.NYU.model`` of one."""
+    unverified: list[Text] = []
+    """Fields, written as in ``sources``, whose values no document at hand confirms."""
+    known: Flag = True
+    """False for a database that is not in the catalogue."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Database":
+        if self.site_rule.single is not None and self.site_rule.single not in self.sites:
+            raise ValueError(f"site_rule.single {self.site_rule.single!r} is no site; one of {_some(self.sites)} is wanted")
+        for row, content in self.lod_brain.items():
+            for site in content.sites or ():
+                if site not in self.sites:
+                    raise ValueError(f"lod_brain.{row}.sites names {site!r}, which is no site; one of {_some(self.sites)} is wanted")
+        for name, site in self.sites.items():
+            if site.country and self.countries and site.country not in self.countries:
+                raise ValueError(f"sites.{name}.country is {site.country!r}; one of the countries {', '.join(self.countries)} is wanted")
+        return self
+
+    def country_of(self, site: str) -> str | None:
+        """Of a site; the database's, if it has one country only."""
+        return self.sites[site].country or (self.countries[0] if len(self.countries) == 1 else None)
+
+    def lod_brain_rows_of(self, site: str) -> list[str]:
+        """Ids of LOD-Brain's rows that a site stands in."""
+        return [row for row, content in self.lod_brain.items() if content.sites is None or site in content.sites]
+
+
+def _some(names: dict) -> str:
+    return ", ".join(list(names)[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+_PARTS = {"site_rule": SiteRule, "redistribute": Redistribution, "labels": LabelSource, "age_years": Ages, "sexes": Sexes}
+_UNDER_A_NAME = {"sites": Site, "lod_brain": LodBrainRow}
+
+
+def fault(error: dict) -> str:
+    """One of pydantic's errors as ``field: what came; what was wanted``."""
+    path = [part for part in error["loc"] if part != "[key]"]
+    where = ".".join(map(str, path)) or "the file"
+    if error["type"] == "missing":
+        return f"{where}: nothing came; a value is wanted"
+    if error["type"] == "extra_forbidden":
+        above = path[:-1]
+        model = _UNDER_A_NAME[above[0]] if len(above) == 2 and above[0] in _UNDER_A_NAME else _PARTS.get(above[-1] if above else "", Database)
+        return f"{where}: an unknown field came ({error['input']!r:.60}); one of {', '.join(model.model_fields)} is wanted"
+    if error["type"] == "model_type":
+        return f"{where}: {error['input']!r:.80} came; fields and their values are wanted"
+    wanted = re.sub(r"^(Input|String|List|Dictionary) should (be )?|^Value error, ", "", error["msg"])
+    return f"{where}: {error['input']!r:.80} came; {wanted}{'' if 'wanted' in wanted else ' is wanted'}"

@@ -1,0 +1,100 @@
+"""The catalogue as a table, a row a site, and the choice of rows."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_registry import schema
+from data_registry.catalogue_schema import Database
+from data_registry.catalogue_sources import standing
+from data_registry.errors import InputError
+from data_registry.files import replacing
+
+_OF_THE_DATABASE = ("access", "licence", "route", "state")
+_OF_THE_SITE = ("place", "manufacturer", "model", "field_strength_tesla", "voxel_mm", "scans")
+
+
+def site_rows(databases: Iterable[Database]) -> list[dict]:
+    """Rows with the columns of :data:`data_registry.schema.SITES`.
+
+    A database of one site lends it its own ages, sexes and counts where the site has none.
+    """
+    return [_row(database, name) for database in databases for name in database.sites]
+
+
+def _row(database: Database, name: str) -> dict:
+    site, alone = database.sites[name], len(database.sites) == 1
+    known = {field: getattr(site, field) or (getattr(database, field) if alone else None) for field in ("subjects", "scans", "age_years", "sexes")}
+    age, sexes = known["age_years"], known["sexes"]
+    unverified = [field for field in _OF_THE_DATABASE if standing(database, None, field)[0] == "unverified"]
+    unverified += [field for field in _OF_THE_SITE if standing(database, name, field)[0] == "unverified"]
+    return {
+        "database": database.name, "site": name, "place": site.place, "country": database.country_of(name), "scanner": site.scanner,
+        "manufacturer": site.manufacturer, "model": site.model, "field_strength_tesla": site.field_strength_tesla, "voxel_mm": site.voxel_mm,
+        "subjects": known["subjects"], "scans": known["scans"],
+        "age_mean_years": age and age.mean, "age_min_years": age and age.min, "age_max_years": age and age.max,
+        "female": sexes and sexes.F, "male": sexes and sexes.M,
+        **{field: getattr(database, field) for field in _OF_THE_DATABASE},
+        "used_by": list(database.used_by), "lod_brain_rows": database.lod_brain_rows_of(name), "unverified": unverified,
+    }  # fmt: skip
+
+
+def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
+    """Rows whose columns have the wanted values, upper and lower case alike; None wants nothing.
+
+    A value that no row has is an :class:`InputError` that lists those there are.
+
+    >>> rows = [{"country": "China", "access": "open"}, {"country": "Italy", "access": "open"}]
+    >>> select(rows, country="italy", access="open")
+    [{'country': 'Italy', 'access': 'open'}]
+    """
+    chosen = rows
+    for column, value in wanted.items():
+        if value is None:
+            continue
+        if not any(_same(row[column], value) for row in rows):
+            there = sorted({one for row in rows for one in _values(row[column])}, key=str)
+            option = column.removesuffix("_tesla").replace("_", "-")
+            raise InputError(f"--{option} {value}: no site has it; one of {', '.join(map(str, there))} is wanted")
+        chosen = [row for row in chosen if _same(row[column], value)]
+    return chosen
+
+
+def _values(cell: object) -> list:
+    return cell if isinstance(cell, list) else [] if cell is None else [cell]
+
+
+def _same(cell: object, value: str | float) -> bool:
+    return any(str(one).casefold() == str(value).casefold() for one in _values(cell))
+
+
+def as_tsv(rows: list[dict]) -> str:
+    """With a header; null is n/a, as in BIDS, and what a list holds is parted by commas."""
+    handle = io.StringIO()
+    writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
+    writer.writerow(schema.SITES.names)
+    writer.writerows([_cell(row[name]) for name in schema.SITES.names] for row in rows)
+    return handle.getvalue()
+
+
+def _cell(value: object) -> str:
+    return "n/a" if value is None or value == [] else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def as_json(rows: list[dict]) -> str:
+    """A list of objects."""
+    return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+
+
+def write(path: Path, rows: list[dict], form: str) -> None:
+    """``tsv``, ``json`` or ``parquet``; the file exists only when complete."""
+    with replacing(path) as aside:
+        if form == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema.SITES), aside)
+        else:
+            aside.write_text(as_tsv(rows) if form == "tsv" else as_json(rows), encoding="utf-8")
