@@ -261,8 +261,9 @@ def peer(scan, device, args: argparse.Namespace) -> None:
 
 def labelled_scan(side: int, data: Path, folder: Path):
     """A real one."""
+    from real_scan import real_scan
+
     from data_registry.params import Harmonise
-    from tests.benchmarks.real_scan import real_scan
 
     databases = sorted(path.parents[1] for path in (data / "bids").glob("*/derivatives/freesurfer"))
     if not databases:
@@ -272,11 +273,12 @@ def labelled_scan(side: int, data: Path, folder: Path):
 
 def phantom_scan(side: int, folder: Path):
     """A head-like one, for machines without data."""
+    from bench_augment import phantom
+
     from data_registry.intensity import moments
     from data_registry.shard_store import FolderStore
     from data_registry.shards import block_counts, pooled
     from lod_model.data import COARSE_FACTOR, Scan
-    from tests.benchmarks.bench_augment import phantom
 
     image, classes = phantom(side, "fine")
     columns = {"t1w_x1": image, "lod7_classes_x1": classes}
