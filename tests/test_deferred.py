@@ -143,7 +143,8 @@ def trained(how: str, name: str, **settings) -> tuple[dict[str, float], Feeding]
     net = networks.build(name, networks.config_for(name, [load("lod7")]) | {"widths": [2, 4, 8], "dropout": 0.0})
     fed, scans = Feeding(name, net, "fine", settings), [head(1, (24, 24, 24)), head(2, (24, 24, 24))]
     loaders = [fed.loader(scans, training=training, workers=0) for training in (True, False)]
-    module = MODULES[fed.recipe.samples](net, level="fine", settings=settings, recipe=fed.recipe)
+    shares = dict(zip(("train", "val"), (loader.batch_sampler for loader in loaders), strict=True))
+    module = MODULES[fed.recipe.samples](net, level="fine", settings=settings, recipe=fed.recipe, shares=shares)
     trainer = Trainer(max_epochs=3, logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
                       num_sanity_val_steps=0, accelerator="cpu")  # fmt: skip
     trainer.fit(module, *loaders)
