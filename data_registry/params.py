@@ -164,6 +164,9 @@ class Train(Section):
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
     augmentation: Literal["none", "light", "strong", "paper"] = "light"
+    augment_on: Annotated[Literal["workers", "device", "auto"], LeftOutIf("workers")] = "workers"
+    """device: workers read and draw, the device that trains does what was drawn; a GPU's noise then is another draw. auto: device on a GPU, for
+    networks that are not trained on slices; else workers."""
     standardise: Annotated[Literal["none", "nyul"], LeftOutIf("none")] = "none"
     """nyul: intensities go to a standard scale, fitted on the fold's training scans alone, see data_registry/nyul.py."""
     network: dict = {}

@@ -242,6 +242,7 @@ def _grown(network: str, level: str, previous, params: Params):
 def _check_fits(name: str, net, params: Params) -> None:
     """That the network has what the settings ask for; InputError names the setting."""
     from lod_model import networks
+    from lod_model.feeding import augments_on_device
 
     settings = params.train
     for key, value in settings.network.items():
@@ -249,6 +250,7 @@ def _check_fits(name: str, net, params: Params) -> None:
             raise InputError(f"train.network.{key}: no such network; a setting, or settings below one of {', '.join(networks.names())}, is wanted")
     if settings.recipe not in ("shared", "own") and not networks.is_known(settings.recipe):
         raise InputError(f"train.recipe: {settings.recipe!r} is none; shared, own or one of {', '.join(networks.names())} is wanted")
+    augments_on_device(name, networks.recipe_of(name, settings.recipe), settings)
     if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
         raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
     _check_computes(settings)
