@@ -97,15 +97,15 @@ def _of(entry: dict[str, Any]) -> Verdict:
 
 def _noted_and_today(entry: dict[str, Any], notes: list[str]) -> Verdict:
     """Of the licence as it was noted, as it was accepted, and as the catalogue has it now, where these differ: the strictest."""
-    verdicts, today = [_of(entry)], catalogue().get(entry["name"])
+    verdicts, today = [_of(entry)], find_database(entry["name"])
     given = (entry.get("accepted") or {}).get("licence")
     if given and given not in (entry["licence"], "unknown"):
         notes.append(f"{entry['name']}: accepted as {given!r} on {entry['accepted']['date']}, in the catalogue {entry['licence']!r}")
         verdicts.append(judge(entry["name"], given))
-    if today and _of(_terms(today)) != verdicts[0]:
+    if today.known and _of(_terms(today)) != verdicts[0]:
         notes.append(f"{entry['name']}: {_said(entry)} when they were trained, {_said(_terms(today))} in today's catalogue")
         verdicts.append(_of(_terms(today)))
-    if today and today.state == "withdrawn":
+    if today.state == "withdrawn":
         verdicts.append(Verdict("not known", reasons=(f"{entry['name']}: withdrawn by its owners since",)))
     return strictest(verdicts)
 

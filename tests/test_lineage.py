@@ -30,8 +30,7 @@ def project(tmp_path, monkeypatch):
         "signed": entry("signed", licence="Signed agreement"),
         "unread": entry("unread", licence=OPEN, source=None, unverified=["licence"]),
     }
-    monkeypatch.setattr(lineage, "catalogue", lambda: known)
-    monkeypatch.setattr(lineage, "find_database", lambda name: known.get(name) or entry(name, source=None))
+    monkeypatch.setattr(lineage, "find_database", lambda name: known.get(name) or entry(name, source=None, known=False))
     return known
 
 
