@@ -23,9 +23,10 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.params import Params, Train, fingerprint, load_params
 from data_registry.schema import table_metadata
-from lod_model import checkpoints, lineage, preempt, processes, readers
+from lod_model import checkpoints, preempt, processes, readers
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.fit import Account, fit
+from lod_model.provenance import databases_seen, write_seen
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
@@ -166,7 +167,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     provenance = {
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity, "batch_factor": factor,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
-        "data": tracking_tags() | {"databases": processes.from_first(lambda: lineage.record(roles))},
+        "data": tracking_tags() | {"databases": processes.from_first(lambda: databases_seen(roles))},
     }  # fmt: skip
     about = {"name": network, "protocol": weights.joined(learned), "grid": params.harmonise.grid, "preparation": prepared, "provenance": provenance}
     processes.from_first(lambda: _finish(folder, net.eval(), about, stages, roles, account))
@@ -199,7 +200,7 @@ def _finish(folder: Path, net, about: dict, stages: dict[str, dict], roles: dict
     """Write what is left of a fold that is trained."""
     from lod_model import weights
 
-    lineage.write_seen(folder, roles)
+    write_seen(folder, roles)
     weights.save(folder / "weights.pt", net, **about)
     account.tracker.metrics(account.run, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})
     account.tracker.finish(account.run)

@@ -98,13 +98,16 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
             names = [f"sub-{subject}{rest}" for subject in gone.subjects for rest in ("", "_*")]
             there = sorted({path for name in names for below in ("", "derivatives/*/", "sourcedata/*/") for path in folder.glob(below + name)})
             lines += [f"rm -r {shlex.quote(str(path))}" for path in there]
-            tables = [path for path in sorted(folder.rglob("participants.tsv")) if any(_names(path.read_bytes(), s) for s in gone.subjects)]
+            tables = [path for name in ("participants.tsv", "sourcedata/*/participants.tsv", "fetched.tsv") for path in sorted(folder.glob(name))]
+            tables = [path for path in tables if any(_names(path.read_bytes(), subject) for subject in gone.subjects)]
             lines += [f"{path}: their rows" for path in tables]
     return lines
 
 
-def _names(content: bytes, word: str) -> bool:
-    return re.search(rb"(?<![A-Za-z0-9])" + re.escape(word.encode()) + rb"(?![A-Za-z0-9])", content) is not None
+def _names(table: bytes, subject: str) -> bool:
+    """Whether a table has a line of theirs, or names a file of theirs."""
+    label = re.escape(subject.encode())
+    return re.search(rb"^(sub-)?" + label + rb"(?=[\t\r\n]|$)|sub-" + label + rb"[/_]", table, re.M) is not None
 
 
 def _weights(gone: Gone) -> tuple[list[str], frozenset[str]]:

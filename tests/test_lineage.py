@@ -11,7 +11,7 @@ from data_registry.errors import InputError
 from data_registry.ledgers import Tombstone, Withdrawn, accepted_licences, bury, withdrawn
 from data_registry.licences import in_words, judge, strictest
 from data_registry.schema import write_table
-from lod_model import lineage
+from lod_model import lineage, provenance
 from lod_model import weights as weight_files
 from lod_model.cli import app
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
@@ -30,7 +30,8 @@ def project(tmp_path, monkeypatch):
         "signed": entry("signed", licence="Signed agreement"),
         "unread": entry("unread", licence=OPEN, source=None, unverified=["licence"]),
     }
-    monkeypatch.setattr(lineage, "find_database", lambda name: known.get(name) or entry(name, source=None, known=False))
+    for module in (lineage, provenance):
+        monkeypatch.setattr(module, "find_database", lambda name: known.get(name) or entry(name, source=None, known=False))
     return known
 
 
@@ -48,12 +49,12 @@ ROLES = {"train": scans_of("free_sub-1_ses-1", "free_sub-1_ses-2"), "val": scans
 
 def test_a_record_counts_scans_and_people_and_names_nobody(project, tmp_path):
     (tmp_path / "licences.tsv").write_text(f"date\tuser\tdatabase\tlicence\troute\n2026-01-02\tme\tfree\t{ALIKE}\ts3://x\n")
-    free, signed = lineage.record(ROLES)
+    free, signed = provenance.databases_seen(ROLES)
     assert (free["name"], free["scans"], free["people"]) == ("free", {"train": 2, "val": 1}, {"train": 1, "val": 1})
     assert (signed["name"], signed["scans"], signed["licence"]) == ("signed", {"train": 0, "val": 1}, "Signed agreement")  # who chose it saw it
     assert free["accepted"] == {"licence": ALIKE, "date": "2026-01-02"} and signed["accepted"] is None
     assert "sub-" not in json.dumps([free, signed]) and "free/1" not in json.dumps(free) and "me" not in free["accepted"].values()
-    lineage.write_seen(tmp_path, ROLES)
+    provenance.write_seen(tmp_path, ROLES)
     lines = (tmp_path / "seen.tsv").read_text().splitlines()
     assert lines[0] == "scan_id\tdatabase\tsite\trole" and lines[3:] == ["free_sub-2\tfree\tA\tval", "signed_sub-9\tsigned\tA\tval"]
 
@@ -92,7 +93,7 @@ def test_every_licence_of_the_catalogue_gets_an_answer_and_a_reason():
 
 
 def test_an_agreement_or_an_unread_licence_is_named(project):
-    data = {"databases": lineage.record({"train": scans_of("free_sub-1_ses-1", "signed_sub-9")})}
+    data = {"databases": provenance.databases_seen({"train": scans_of("free_sub-1_ses-1", "signed_sub-9")})}
     verdict = lineage.lineage({"data": data})["verdict"]
     assert verdict["answer"] == "not known"
     assert verdict["reasons"] == ["signed: 'Signed agreement' does not say; the catalogue's redistribute.weights is wanted"]
@@ -102,7 +103,7 @@ def test_an_agreement_or_an_unread_licence_is_named(project):
 
 
 def test_of_then_now_and_what_was_accepted_the_strictest(project, tmp_path):
-    data = {"databases": lineage.record({"train": scans_of("free_sub-1_ses-1")})}
+    data = {"databases": provenance.databases_seen({"train": scans_of("free_sub-1_ses-1")})}
     project["free"] = entry("free", licence="CC-BY-ND-4.0")
     found = lineage.lineage({"data": data})
     assert found["verdict"]["answer"] == "no" and f"free: {ALIKE} when they were trained, CC-BY-ND-4.0 in today's catalogue" in found["notes"]
@@ -133,9 +134,9 @@ def test_released_weights_and_renderings(project, monkeypatch):
 
 def test_info_on_the_command_line(project, tmp_path):
     path = tmp_path / "w.pt"
-    provenance = {"run": "r", "trained_on": ["free.A"], "data": {"split_hash": "s", "data_hash": "d", "databases": lineage.record(ROLES)}}
+    noted = {"run": "r", "trained_on": ["free.A"], "data": {"split_hash": "s", "data_hash": "d", "databases": provenance.databases_seen(ROLES)}}
     network = LODBrain(LODBrainConfig(widths=(2, 2, 4)))
-    weight_files.save(path, network, name="lod_brain", protocol="lod7", grid="8mm", provenance=provenance)
+    weight_files.save(path, network, name="lod_brain", protocol="lod7", grid="8mm", provenance=noted)
 
     def info(*words: str) -> str:
         done = CliRunner().invoke(app, ["weights", "info", str(path), *words])
