@@ -195,7 +195,8 @@ def test_in_an_object_store_and_its_cache(copy, tmp_path, capsys):
 def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     """Checkpoints, MLflow, DVC, the object store, the same person elsewhere, raw files, other projects."""
     Path("roots").symlink_to(project[0] / "roots")
-    assert [withdraw_reach._names(b"participant_id\tage\nsub-100\t10\n" + line, "10") for line in (b"", b"sub-10\t3\n", b"10\n")] == [False, True, True]
+    others = b"participant_id\tage\nsub-100\t10\n"
+    assert [withdraw_reach._names(others + line, "10") for line in (b"", b"sub-10\t3\n", b"10\n")] == [False, True, True]
     run = Path("checkpoints/unet-base-0")
     for fold, seen in (("fold-0", f"alpha_sub-{GONE}"), ("fold-1", "beta_sub-00")):
         (run / fold).mkdir(parents=True)
