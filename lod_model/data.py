@@ -50,6 +50,8 @@ class Scan:
     """(256,) voxels of each intensity, as stored."""
     table: np.ndarray | None = field(default=None, compare=False, repr=False)
     """(256,) uint8, never decreasing: what stored intensities become on read; null: they stay."""
+    person: str = ""
+    """As the split has it; empty if it is not known."""
 
     def t1w(self, factor: int = 1) -> np.ndarray:
         """(D/f, H/f, W/f) uint8, max-pooled by ``factor``; a table that never decreases gives the same before and after pooling."""
@@ -117,7 +119,7 @@ def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Sc
             scan_id=row["scan_id"], database=sample["database"], site=sample["site"], place=places[row["scan_id"]],
             store=store, shard=sample["shard"], shard_sha256=sample["shard_sha256"], row_group=sample["row_group"],
             mean=sample["mean"], deviation=sample["deviation"], voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
-            histogram=histograms[row["scan_id"]],
+            histogram=histograms[row["scan_id"]], person=row["person"],
         )  # fmt: skip
         folds.setdefault(row["fold"], {}).setdefault(row["role"], []).append(scan)
     return folds

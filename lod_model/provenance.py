@@ -11,8 +11,7 @@ from typing import Any
 from data_registry.catalogue import find_database
 from data_registry.files import replacing
 from data_registry.ledgers import accepted_licences
-from data_registry.schema import read_table
-from lod_model.data import TABLES, Scan
+from lod_model.data import Scan
 from lod_model.lineage import ROLES, terms
 
 SEEN = "seen.tsv"
@@ -20,8 +19,7 @@ SEEN = "seen.tsv"
 
 
 def databases_seen(roles: dict[str, list[Scan]]) -> list[dict[str, Any]]:
-    """What weights say of each database that these roles hold, as plain values; from the tables and ledgers below the current folder."""
-    person = {row["scan_id"]: row["person"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "person"]).to_pylist()}
+    """What weights say of each database that these roles hold, as plain values; accepted licences from the current folder."""
     accepted, found = accepted_licences(), []
     for name in sorted({scan.database for role in ROLES for scan in roles.get(role, [])}):
         own = {role: [scan for scan in roles.get(role, []) if scan.database == name] for role in ROLES}
@@ -30,7 +28,7 @@ def databases_seen(roles: dict[str, list[Scan]]) -> list[dict[str, Any]]:
             "accepted": accepted.get(name),
             "sites": sorted({scan.site for scans in own.values() for scan in scans}),
             "scans": {role: len(scans) for role, scans in own.items()},
-            "people": {role: len({person[scan.scan_id] for scan in scans}) for role, scans in own.items()},
+            "people": {role: len({scan.person or scan.scan_id for scan in scans}) for role, scans in own.items()},
         })  # fmt: skip
     return found
 
