@@ -55,6 +55,27 @@ class Site(_Entry):
     field_strength_tesla: Annotated[float, Field(gt=0, lt=12)] | None = None
 
 
+class SamePeople(_Entry):
+    """Another database that has scans of people of this one."""
+
+    database: str
+    subject: str | None = None
+    """A regular expression that matches the whole label of such a subject here; null if nobody published how the names match."""
+    theirs: str | None = None
+    """Their label there, with ``\\1`` … for the groups of ``subject``."""
+
+    @model_validator(mode="after")
+    def _names_match(self) -> "SamePeople":
+        if (self.subject is None) != (self.theirs is None):
+            raise ValueError("subject and theirs are wanted both, or neither")
+        try:
+            groups = re.compile(self.subject or "").groups
+            re.compile("()" * groups).match("").expand(self.theirs or "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"subject is no regular expression, or theirs has a group that it lacks ({error})") from None
+        return self
+
+
 class Database(_Entry):
     """A database and its sites."""
 
@@ -68,6 +89,8 @@ class Database(_Entry):
     """Where the values above were read."""
     family_column: str | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
+    same_people: tuple[SamePeople, ...] = ()
+    """Other databases with scans of its people; one side need say so."""
     site_rule: SiteRule
     sites: dict[str, Site]
     defaced: bool | None = None

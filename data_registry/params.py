@@ -33,6 +33,8 @@ class Index(Section):
 
     roots: tuple[str, ...]
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
+    people: tuple[str, ...] = ()
+    """Tables (.tsv: database, subject, person) of who is known: one name, one person; other names, other people."""
 
 
 class Harmonise(Section):
