@@ -253,7 +253,7 @@ def _poses(picture: np.ndarray) -> list[np.ndarray]:
     image, square = np.fft.rfftn(cube), np.fft.rfftn(cube**2)
     found = []
     for matrix, template, mask, voxels in _spectra():
-        match, sums, squares = (np.fft.irfftn(spectrum, cube.shape) for spectrum in (image * template, image * mask, square * mask))
+        match, sums, squares = (np.fft.irfftn(spectrum) for spectrum in (image * template, image * mask, square * mask))
         spread = squares - sums**2 / voxels
         match /= np.sqrt(np.maximum(spread, 0.02 * spread.max()))
         for _ in range(2):

@@ -37,8 +37,7 @@ def find_people(scans: list[dict], samples: list[dict], databases: Mapping[str, 
     rows = [row for row in samples if row["scan_id"] in by_id]
     findings = _same_voxels(rows, by_id)
     described = [row for row in rows if row["likeness"] is not None]
-    descriptors = np.array([row["likeness"] for row in described], np.int8).reshape(len(described), -1)
-    pairs, measured = pairs_above(descriptors, REVIEW) if len(described) > 1 else ([], STRANGERS)
+    pairs, measured = pairs_above(np.array([row["likeness"] for row in described], np.int8), REVIEW) if described else ([], STRANGERS)
     strangers = tuple(np.maximum(measured, STRANGERS).tolist()) if len(described) >= MANY else STRANGERS
     compared = len(described) * (len(described) - 1) // 2
     sure = max(SAME, sure_above(compared, strangers))
