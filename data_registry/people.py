@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_registry.catalogue import Database, catalogue
+from data_registry.catalogue import Database, SamePeople, catalogue
 from data_registry.errors import InputError
 
 log = logging.getLogger("lodbrain.people")
@@ -54,13 +54,10 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
                 raise InputError(f"catalogue/{name}.yaml: same_people names {rule.database}, which is no database of the catalogue")
             if rule.subject is None or rule.database not in databases:
                 continue
-            found = [
-                {person, of_subject[other]}
-                for (theirs, subject), person in of_subject.items()
-                if theirs == name and (match := re.fullmatch(rule.subject, subject)) and (other := (rule.database, match.expand(rule.theirs))) in of_subject
-            ]
+            found = _matched(name, rule, of_subject)
             if not found:
-                log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", name, rule.subject, rule.database, rule.theirs)
+                said = name, rule.subject, rule.database, rule.theirs
+                log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", *said)
             ties += found
     ties += [{of_subject[key], KNOWN + person} for key, person in known.items() if key in of_subject]
     if absent := [key for key in known if key not in of_subject and key[0] in databases]:
@@ -68,8 +65,19 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
     merge_people(rows, ties)
     person_of = {(row["database"], row["subject"]): row["person"] for row in rows}
     for key, person in known.items():
-        if person_of.get(key, KNOWN + person) != KNOWN + person:
-            log.warning("sub-%s of %s: %s by index.people, but one with %s by bytes or a rule", key[1], key[0], person, person_of[key].removeprefix(KNOWN))
+        if (became := person_of.get(key, KNOWN + person)) != KNOWN + person:
+            log.warning("sub-%s of %s: %s by index.people, but one with %s by bytes or a rule", key[1], key[0], person, became.removeprefix(KNOWN))
+
+
+def _matched(name: str, rule: SamePeople, of_subject: Mapping[tuple[str, str], str]) -> list[set[str]]:
+    """The two persons of each subject of database ``name`` that the rule finds in the other database."""
+    found = []
+    for (database, subject), person in of_subject.items():
+        match = re.fullmatch(rule.subject, subject) if database == name else None
+        theirs = of_subject.get((rule.database, match.expand(rule.theirs))) if match else None
+        if theirs:
+            found.append({person, theirs})
+    return found
 
 
 def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:

@@ -9,9 +9,10 @@ from scipy import ndimage
 
 from data_registry import catalogue as catalogues
 from data_registry import split as rules
+from data_registry.brain_pose import template_maps
 from data_registry.catalogue import Database, SamePeople, Site, SiteRule, load_database
 from data_registry.errors import InputError
-from data_registry.likeness import NUMBERS, _template, blocks, describe, likeness, pairs_above, sure_above
+from data_registry.likeness import NUMBERS, blocks, describe, likeness, pairs_above, sure_above
 from data_registry.params import Harmonise, load_params
 from data_registry.people import known_apart, merge_people, name_people, read_people
 from data_registry.schema import read_table, write_table
@@ -140,7 +141,8 @@ def test_alike_is_one_person_only_if_something_else_agrees(other, noise, verdict
 
 def test_same_voxels_are_one_person(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [scan("a", "1"), scan("b", "1", sex="M"), scan("b", "1", scan_id="b_sub-1_ses-2"), scan("c", "5", person="person:x"), scan("d", "6", person="person:y")]
+    rows = [scan("a", "1"), scan("b", "1", sex="M"), scan("b", "1", scan_id="b_sub-1_ses-2")]
+    rows += [scan("c", "5", person="person:x"), scan("d", "6", person="person:y")]
     samples = [described(row, None, voxels) for row, voxels in zip(rows, ("v", "v", "w", "u", "u"), strict=True)]
     findings, summary = people.find_people(rows, samples, {})
     assert persons(rows) == ["a/1", "a/1", "a/1", "person:x", "person:y"] and summary["scans_not_described"] == 5
@@ -165,7 +167,7 @@ def test_pairs_in_blocks_are_those_of_one_product():
 @functools.cache
 def head(person: int) -> np.ndarray:
     """(64, 64, 64) float32, LIA, 4 mm: the template's brain, with folds of this person's own, in a skull of bone and fat."""
-    template = _template()[0]
+    template = template_maps()[0]
     folds = ndimage.gaussian_filter(np.random.default_rng(person).normal(size=template.shape), 1.0)
     brain = np.where(template > 0.1, template * (1 + 0.25 * folds / folds.std()).clip(0.2), 0)
     out = np.zeros((64, 64, 64), np.float32)
