@@ -146,7 +146,7 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     levels = sum(factor**-3 for factor in shards.FACTORS)
     classes = len(settings.stored_protocols) + sum(protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
     stored = levels + 2 * max(len(scan["labels"]) for scan in scans) + classes
-    return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
+    return int(0.4e9 + 17 * 320**3 + side**3 * (10 + stored))
 
 
 def make_shard(

@@ -145,11 +145,11 @@ def rates() -> None:
     thresholds = (chosen, REVIEW, SAME, sure_above(27_000 * 26_999 // 2))
     for name, half in (("chosen on", halves[0]), ("tried on", halves[1]), ("all", people)):
         mean, deviation, values, of_all = _strangers(described, half)
-        print(f"{name}: {len(half)} people, {len(values)} pairs of strangers: mean {mean:.3f}, deviation {deviation:.3f}, highest {values.max():.2f}, "
+        print(f"{name}: {len(half)} people, {len(values)} pairs of strangers: mean {mean:.3f}, deviation {deviation:.3f}, top {values.max():.2f}, "
               f"skewness {stats.skew(values):.2f}, excess kurtosis {stats.kurtosis(values):.2f}")  # fmt: skip
         for least in thresholds:
             false, wide, tail = int((values >= least).sum()), int((of_all >= least).sum()), stats.norm.sf(least, mean, deviation)
-            print(f"  at {least:.2f}: {false} of {len(values)} pairs, at most {upper_bound(false, len(values)):.2%}; {wide} of {len(of_all)} over all "
+            print(f"  at {least:.2f}: {false} of {len(values)} pairs, at most {upper_bound(false, len(values)):.2%}; {wide} of {len(of_all)} of all "
                   f"pictures; were they normal {tail:.1e}, or {tail * 27_000**2 / 2:,.1f} of the pairs of 27,000 people")  # fmt: skip
         found = defaultdict(list)
         for (person, what), numbers in described.items():
