@@ -69,7 +69,7 @@ SAMPLES = pa.schema([
     _column("deviation", pa.float64(), "population standard deviation over the whole grid", "uint8 intensity"),
     _column("histogram", pa.list_(pa.int64()), "voxels of each uint8 intensity", "voxels"),
     _column("voxels_sha256", pa.string(), "of the T1w's voxels on the grid, whatever file, header or place they came from"),
-    _column("likeness", pa.list_(pa.int8()), "what describes the person, see data_registry/likeness.py; null if no brain was found"),
+    _column("likeness", pa.string(), "what describes the person, see data_registry/likeness.py: signed bytes in hex; null if no brain was found"),
     _column("label_volumes_ml", pa.list_(pa.struct([("class_name", pa.string()), ("ml", pa.float32())])),
             "volume of each foreground class of the stored block protocol", "mL"),
 ])

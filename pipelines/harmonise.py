@@ -255,7 +255,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "voxels_sha256": hashlib.sha256(t1w).hexdigest(),
     }
     if (described := describe(t1w, placement.voxel_mm)) is not None:
-        sample["likeness"] = described.tolist()
+        sample["likeness"] = described.tobytes().hex()
     if coarse_mm:
         sample["label_voxel_mm"] = max(coarse_mm)
     return arrays, sample

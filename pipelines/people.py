@@ -37,7 +37,8 @@ def find_people(scans: list[dict], samples: list[dict], databases: Mapping[str, 
     rows = [row for row in samples if row["scan_id"] in by_id]
     findings = _same_voxels(rows, by_id)
     described = [row for row in rows if row["likeness"] is not None]
-    pairs, measured = pairs_above(np.array([row["likeness"] for row in described], np.int8), REVIEW) if described else ([], STRANGERS)
+    numbers = [np.frombuffer(bytes.fromhex(row["likeness"]), np.int8) for row in described]
+    pairs, measured = pairs_above(np.stack(numbers), REVIEW) if described else ([], STRANGERS)
     strangers = tuple(np.maximum(measured, STRANGERS).tolist()) if len(described) >= MANY else STRANGERS
     compared = len(described) * (len(described) - 1) // 2
     sure = max(SAME, sure_above(compared, strangers))

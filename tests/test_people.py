@@ -110,7 +110,7 @@ def test_ties_reach_through_others():
     assert persons(rows) == ["d/0", "d/1", "d/1", "d/1", "d/1", "d/5"]
 
 
-def described(row: dict, numbers: np.ndarray | None, voxels: str | None = None) -> dict:
+def described(row: dict, numbers: str | None, voxels: str | None = None) -> dict:
     return {"scan_id": row["scan_id"], "likeness": numbers, "voxels_sha256": voxels or row["scan_id"]}
 
 
@@ -131,7 +131,7 @@ def test_alike_is_one_person_only_if_something_else_agrees(other, noise, verdict
     first = rng.normal(0, 32, NUMBERS)
     rows = [scan("a", "1", person="person:x" if other["person"].startswith("person") else "a/1"), dict(other), scan("b", "3")]
     numbers = [first, first + noise * rng.normal(0, 32, NUMBERS), rng.normal(0, 32, NUMBERS)]
-    samples = [described(row, np.clip(n, -127, 127).astype(np.int8).tolist()) for row, n in zip(rows, numbers, strict=True)]
+    samples = [described(row, np.clip(n, -127, 127).astype(np.int8).tobytes().hex()) for row, n in zip(rows, numbers, strict=True)]
     before = persons(rows)
     findings, summary = people.find_people(rows, samples, {"c": database("c", SamePeople(database="a"))})
     assert [(finding["verdict"], finding["why"]) for finding in findings] == ([(verdict, why)] if verdict else [])
