@@ -34,6 +34,8 @@ class Index(Section):
 
     roots: tuple[str, ...]
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
+    people: tuple[str, ...] = ()
+    """Tables (.tsv: database, subject, person) of who is known: one name, one person; other names, other people."""
 
 
 class Harmonise(Section):
@@ -52,6 +54,8 @@ class Harmonise(Section):
     """Protocols whose classes are stored beside the source ids, and their counts for each block, for the coarse stage."""
     class_protocols: Annotated[tuple[str, ...], LeftOutIf(())] = ()
     """Protocols whose classes alone are stored: quicker to read than source ids that must be looked up, and no counts of many classes."""
+    likeness: Annotated[bool, LeftOutIf(True)] = True
+    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.15 s a scan."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")

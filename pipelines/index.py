@@ -23,6 +23,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
 from data_registry.params import load_params
+from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
 
 log = logging.getLogger("lodbrain.index")
@@ -33,14 +34,14 @@ SCANS_TABLE = Path("tables/scans.parquet")
 def main() -> None:
     """Index the roots of ``params.yaml`` in the current folder."""
     params = load_params()
-    rows = index([Path(root) for root in params.index.roots])
+    rows = index([Path(root) for root in params.index.roots], people=[Path(table) for table in params.index.people])
     write_table(SCANS_TABLE, "scans", rows)
     usable = sum(row["reason"] is None for row in rows)
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
 
 
-def index(roots: list[Path]) -> list[dict]:
-    """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``.
+def index(roots: list[Path], *, people: list[Path] | None = None) -> list[dict]:
+    """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``; ``people`` are tables of who is known.
 
     Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
     column that a database lacks.
@@ -50,6 +51,7 @@ def index(roots: list[Path]) -> list[dict]:
     _tell_apart(rows)
     _hash_files(rows, databases)
     _judge_same_content(rows)
+    name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     for row in rows:
         if row["reason"]:
             log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
@@ -256,15 +258,7 @@ def _judge_same_content(rows: list[dict]) -> None:
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
             log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            _merge_people(rows, {row["person"] for row in same})
-
-
-def _merge_people(rows: list[dict], people: set[str]) -> None:
-    """Give all scans of these people one name, also those whose bytes nobody else has."""
-    name = min(people)
-    for row in rows:
-        if row["person"] in people:
-            row["person"] = name
+            merge_people(rows, [{row["person"] for row in same}])
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_the_journal_names_the_scan_at_work(tmp_path, item, monkeypatch):
 
 
 def test_memory_grows_with_the_grid_and_not_with_the_scans():
-    fixed = 0.25e9 + 17 * 320**3
+    fixed = 0.4e9 + 17 * 320**3
     scan = {"labels": [{"source": "aparc_aseg"}, {"source": "synthseg"}]}
     stored = (1 + 1 / 8 + 1 / 64) + 2 * 2 + 1 + 7 * (1 / 8 + 1 / 64)  # bytes a voxel: T1w at three levels, two label maps, lod7 and its counts
     for grid, side in (("1mm", 256), ("2mm", 128), ("native", 320)):
