@@ -33,6 +33,9 @@ class Index(Section):
 
     roots: tuple[str, ...]
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
+    labels: str | None = None
+    """A folder for label maps of databases that nobody may write to: what `python -m pipelines.label` makes goes to <labels>/<database>/derivatives,
+    and index looks there too. null: all label maps are the databases' own."""
 
 
 class Harmonise(Section):

@@ -121,12 +121,12 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 @contextlib.contextmanager
 def own_labels(database: Path) -> Iterator[None]:
     """In place of a network's labels those that the scan has, with their sides taken away and given back."""
+    from real_scan import first_t1w
+
     from data_registry import conform, protocol
     from data_registry.label_sources import find_labels
     from data_registry.volume import load_labels
     from lod_model import predict, segment
-
-    from real_scan import first_t1w
 
     subject = first_t1w(database).relative_to(database).parts[0].removeprefix("sub-")
     (path,) = find_labels(database, subject, "").values()
