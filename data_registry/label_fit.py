@@ -16,7 +16,9 @@ MIN_ON_HEAD = 0.7
 """Of the labelled points, those where the T1w shows a head: .98 and more on fifteen real maps; CSF at the skull and bone are darker."""
 MIRRORED_GAIN = 0.02
 """By this share of it mirrored labels must explain more. On the fifteen maps right ones explain .036 to .15 more than mirrored ones."""
-LEAST_GAIN = 0.005  # of the variance: maps of a few small structures explain too little to tell
+WHOLE_ML, WHOLE_IDS = 300.0, 3
+"""Maps of less than a brain, or of fewer tissues, are not asked: one structure may explain more where it does not belong."""
+AIR = 25  # of 255; bright fat would else make a brain look dark
 DIRECTIONS = ("left-right", "inferior-superior", "back-front")  # of the axes of LIA
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -24,7 +26,7 @@ _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 def check_fit(labels: Volume, t1w: np.ndarray, placement: Placement) -> None:
     """Refuse labels that do not lie on the head of ``t1w`` (D, H, W) uint8, or that fit it better mirrored.
 
-    A :class:`VolumeError` names the file and the figures. A map of a few small structures explains too little to be called mirrored.
+    A :class:`VolumeError` names the file and the figures. Maps of a few structures are held against the head alone.
     """
     step = max(1, round(max(placement.shape) / POINTS_A_SIDE))
     image = t1w[::step, ::step, ::step]
@@ -44,10 +46,12 @@ def check_fit(labels: Volume, t1w: np.ndarray, placement: Placement) -> None:
             f"{labels.path}: {on_head.mean():.0%} of the labelled voxels lie where the T1w shows a head; "
             f"at least {MIN_ON_HEAD:.0%} are wanted (is it another person's, or another space's?)"
         )
+    if not _is_whole(labelled, labels):
+        return
     fit = explained(image, ids)
     for how, affine in _mistaken(labels).items():
         better = explained(image, sampled(affine))
-        if better - fit > max(LEAST_GAIN, MIRRORED_GAIN * better):
+        if better - fit > MIRRORED_GAIN * better:
             raise VolumeError(
                 f"{labels.path}: the labels fit the T1w better {how} (they explain {better:.2f} of its variance, as they stand {fit:.2f}); "
                 "a map in the T1w's own space, left on its left, is wanted"
@@ -68,6 +72,12 @@ def explained(image: np.ndarray, ids: np.ndarray) -> float:
     return float((counts[there] * (sums[there] / counts[there] - mean) ** 2).sum()) / total if total else 0.0
 
 
+def _is_whole(labelled: np.ndarray, labels: Volume) -> bool:
+    """Whether the map is one of a brain's tissues or of all its structures."""
+    counts = np.bincount(labelled[::2, ::2, ::2].ravel())[1:]
+    return bool((counts > 0).sum() >= WHOLE_IDS and 8 * counts.sum() * labels.voxel_mm.prod() / 1000 >= WHOLE_ML)
+
+
 def _mistaken(labels: Volume) -> dict[str, np.ndarray]:
     """Affines that the map would have, had a tool reversed an axis or mistaken one convention for another."""
     found = {}
@@ -81,11 +91,11 @@ def _mistaken(labels: Volume) -> dict[str, np.ndarray]:
 
 
 def _dark(image: np.ndarray) -> float:
-    """Half the threshold that parts a picture's intensities best (Otsu, IEEE SMC 1979): what is darker is air."""
+    """Half the threshold that parts a picture's intensities best (Otsu, IEEE SMC 1979), but no more than :data:`AIR`: what is darker is air."""
     counts = np.bincount(image.ravel(), minlength=256).astype(np.float64)
     levels = np.arange(256)
     below, sums = counts.cumsum(), (counts * levels).cumsum()
     above = below[-1] - below
     with np.errstate(divide="ignore", invalid="ignore"):
         between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(np.nan_to_num(between).argmax()) / 2
+    return min(float(np.nan_to_num(between).argmax()) / 2, AIR)

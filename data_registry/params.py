@@ -231,7 +231,7 @@ class Resources(Section):
     ray_address: str | None = None
     """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
     task_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory that a task of harmonise declares to Ray, in 10⁹ bytes; null: as much as the grid's size asks for."""
+    """Memory that a task of harmonise or label declares to Ray, in 10⁹ bytes; null: as much as the grid's size, or the tool, asks for."""
     tries: Count = 3
     """Deaths of a worker on one scan before harmonise leaves the scan out."""
     threads: Count | None = None
