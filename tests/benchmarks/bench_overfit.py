@@ -5,7 +5,8 @@
 The first scan of georgetown on a coarse grid, through a shard, the samples and the loss that training feeds each network with, without
 augmentation; then `predict_classes`, as `lodbrain segment` calls it. Wanted: a mean Dice of at least .9 in at most half an hour on one core.
 What is smaller than the network's own size stands in the last column. Columns: grid, protocol of the label map, steps, seconds of training and
-of prediction, Dice (mean over the classes that the scan has, and the lowest), and how many classes it has.
+of prediction, Dice (mean over the classes that the scan has, and the lowest), and how many classes it has. At 4 mm the superior frontal gyri touch:
+FastSurfer's post-processing gives both to one side.
 """
 
 import argparse
@@ -69,7 +70,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=CHECKOUT / "../shared/data")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    print(f"{'':17}{'grid':>5} {'protocol':13}{'steps':>6}{'train s':>9}{'predict s':>10}{'Dice':>7}  {'lowest':32}{'classes':>8}  smaller than the network's own")
+    figures = f"{'steps':>6}{'train s':>9}{'predict s':>10}{'Dice':>7}  {'lowest':32}{'classes':>8}"
+    print(f"{'':17}{'grid':>5} {'protocol':13}{figures}  smaller than the network's own")
     worst = 1.0
     with tempfile.TemporaryDirectory() as folder:
         for network in [args.network] if args.network else PLANS:
