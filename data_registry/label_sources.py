@@ -4,7 +4,7 @@ Two kinds of places: FreeSurfer's subject folders, ``<FREESURFER_FOLDERS>/<subje
 ``sub-*[_ses-*]``, or ``sub-*/ses-*``; and BIDS derivatives, ``derivatives/<tool>/sub-*/[ses-*/]anat/``, for files that begin with the subject's
 name. Which protocols read a source stands in the first line of each table of ``protocols/`` (``sources …``).
 
-Sources of the names: FreeSurfer's recon-all, SAMSEG's and SynthSeg's pages (surfer.nmr.mgh.harvard.edu/fswiki), FastSurfer's OUTPUT_FILES.md,
+Sources of the names: FreeSurfer's recon-all and SynthSeg's pages (surfer.nmr.mgh.harvard.edu/fswiki), FastSurfer's OUTPUT_FILES.md,
 fMRIPrep's docs/outputs.rst, FSL's fast, run_first_all and fsl_anat, SPM12's segment, MALP-EM's bin/malpem.
 """
 
