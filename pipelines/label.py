@@ -99,7 +99,7 @@ def _here(todo: list[Work], params: Params, launcher: str) -> dict[str, str]:
     for work in todo:
         try:
             label_scan(work)
-        except InputError as error:
+        except Exception as error:  # whatever one scan does, the others go on
             _note(failed, work, error)
     return failed
 

@@ -96,8 +96,10 @@ def _alone(aside: Path, work: Work) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{lock.name}: another run is at this scan; its end is wanted") from None
-        yield
-        Path(lock.name).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def _run(command: list[str], work: Work, folder: Path) -> None:
