@@ -36,6 +36,9 @@ class Index(Section):
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
     people: tuple[str, ...] = ()
     """Tables (.tsv: database, subject, person) of who is known: one name, one person; other names, other people."""
+    labels: str | None = None
+    """A folder for label maps of databases that nobody may write to: what `python -m pipelines.label` makes goes to <labels>/<database>/derivatives,
+    and index looks there too. null: all label maps are the databases' own."""
 
 
 class Harmonise(Section):
@@ -247,7 +250,7 @@ class Resources(Section):
     ray_address: str | None = None
     """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
     task_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory that a task of harmonise declares to Ray, in 10⁹ bytes; null: as much as the grid's size asks for."""
+    """Memory that a task of harmonise or label declares to Ray, in 10⁹ bytes; null: as much as the grid's size, or the tool, asks for."""
     tries: Count = 3
     """Deaths of a worker on one scan before harmonise leaves the scan out."""
     threads: Count | None = None

@@ -21,7 +21,7 @@ def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Fi
 
 LABEL_FILE = pa.struct([
     _column("source", pa.string(), "what made the labels, e.g. aparc_aseg"),
-    _column("path", pa.string(), "file, relative to the database's root"),
+    _column("path", pa.string(), "file, relative to the database's root; absolute below index.labels"),
     _column("sha256", pa.string(), "of the file's bytes"),
 ])
 

@@ -29,11 +29,13 @@ import numpy as np
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
 from data_registry.intensity import ROBUST, Preparation, moments, prepare
+from data_registry.label_fit import check_fit
 from data_registry.likeness import describe
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore, ShardStore, open_store
-from data_registry.volume import load_image, load_labels
+from data_registry.tissue_maps import load_label_map
+from data_registry.volume import load_image
 from pipelines.attempts import JOURNALS, Attempts, clean
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.parallel import Death, run_bounded
@@ -213,13 +215,15 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     needed = {source for name in settings.stored_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
         try:
-            labels = load_labels(root / label["path"])
-            arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
+            labels = load_label_map(root / label["path"])
+            on_grid = conform.labels_to_grid(labels, placement, method=settings.labels)
+            check_fit(labels, t1w, placement)
         except InputError as error:
             if label["source"] in needed:
                 raise
             warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
             continue
+        arrays[f"{label['source']}_x1"] = on_grid
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
         if edge := conform.coarser_than_grid_mm(labels, placement):
             coarse_mm.append(edge)
