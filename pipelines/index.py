@@ -23,7 +23,8 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
 from data_registry.ledgers import WITHDRAWN, withdrawn
-from data_registry.params import load_params
+from data_registry.params import Index, load_params
+from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
 
 log = logging.getLogger("lodbrain.index")
@@ -34,23 +35,32 @@ SCANS_TABLE = Path("tables/scans.parquet")
 def main() -> None:
     """Index the roots of ``params.yaml`` in the current folder."""
     params = load_params()
-    rows = index([Path(root) for root in params.index.roots])
+    people = [Path(table) for table in params.index.people]
+    rows = index([Path(root) for root in params.index.roots], labels=labels_folder(params.index), people=people)
     write_table(SCANS_TABLE, "scans", rows)
     usable = sum(row["reason"] is None for row in rows)
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
 
 
-def index(roots: list[Path]) -> list[dict]:
+def labels_folder(settings: Index) -> Path | None:
+    """``index.labels``, absolute."""
+    return Path(settings.labels).absolute() if settings.labels else None
+
+
+def index(roots: list[Path], *, labels: Path | None = None, people: list[Path] | None = None) -> list[dict]:
     """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``.
+
+    ``labels`` holds label maps by database, ``people`` are tables of who is known.
 
     Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
     column that a database lacks.
     """
     databases = find_databases(roots)
-    rows = _not_withdrawn(databases)
+    rows = _not_withdrawn(databases, labels)
     _tell_apart(rows)
     _hash_files(rows, databases)
     _judge_same_content(rows)
+    name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     for row in rows:
         if row["reason"]:
             log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
@@ -59,11 +69,12 @@ def index(roots: list[Path]) -> list[dict]:
     return sorted(rows, key=lambda row: row["scan_id"])
 
 
-def _not_withdrawn(databases: dict[str, Path]) -> list[dict]:
+def _not_withdrawn(databases: dict[str, Path], labels: Path | None) -> list[dict]:
     """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read."""
     gone = withdrawn()
     left_out = [name for name in databases if gone.has(name)]
-    rows = [row for name, root in databases.items() if name not in left_out for row in index_database(find_database(name), root)]
+    own = {name: labels / name if labels else None for name in databases}
+    rows = [row for name in databases if name not in left_out for row in index_database(find_database(name), databases[name], labels=own[name])]
     kept = [row for row in rows if not gone.has(row["database"], row["subject"])]
     if left_out or len(kept) < len(rows):
         log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
@@ -94,8 +105,8 @@ def _is_database(path: Path) -> bool:
     return (path / "dataset_description.json").is_file() or any(path.glob("sub-*"))
 
 
-def index_database(database: Database, root: Path) -> list[dict]:
-    """Rows of one database, without hashes."""
+def index_database(database: Database, root: Path, *, labels: Path | None = None) -> list[dict]:
+    """Rows of one database, without hashes; ``labels``: a second root of its label maps."""
     import bids2table  # 0.1 s, and its schema files: not for --help
 
     files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
@@ -106,12 +117,12 @@ def index_database(database: Database, root: Path) -> list[dict]:
     people = _Participants(root, database)
     rows, given = [], set()
     for entry in sorted(files, key=lambda entry: entry["path"]):
-        subject, session = entry["sub"], entry["ses"] or ""
+        subject, session, name = entry["sub"], entry["ses"] or "", scan_name(entry["path"])
         sidecar, reason = _sidecar(root / entry["path"])
         site, site_reason = people.site(subject, sidecar)
         place = database.sites.get(site)
         row = {
-            "scan_id": f"{database.name}_{Path(entry['path']).name.split('.')[0].removesuffix('_T1w')}",
+            "scan_id": f"{database.name}_{name}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
             "subject": subject, "session": session, "person": f"{database.name}/{subject}", **people.facts(subject),
@@ -121,14 +132,24 @@ def index_database(database: Database, root: Path) -> list[dict]:
             "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
             "reason": site_reason or reason,
         }  # fmt: skip
-        for source, file in find_labels(root, subject, session).items():
-            if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
-                log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file.relative_to(root))
-                continue
-            given.add(file)
-            row["labels"].append({"source": source, "path": str(file.relative_to(root)), "sha256": None})
+        for base in (root, labels) if labels else (root,):
+            for source, file in find_labels(base, subject, session, scan=name).items():
+                if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
+                    log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file)
+                elif source not in {label["source"] for label in row["labels"]}:
+                    given.add(file)
+                    row["labels"].append({"source": source, "path": str(file.relative_to(base) if base is root else file), "sha256": None})
         rows.append(row)
     return rows
+
+
+def scan_name(path: str) -> str:
+    """What a T1w is called without its suffixes.
+
+    >>> scan_name("sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w.nii.gz")
+    'sub-01_ses-2_run-1'
+    """
+    return Path(path).name.split(".")[0].removesuffix("_T1w")
 
 
 class _Participants:
@@ -269,15 +290,7 @@ def _judge_same_content(rows: list[dict]) -> None:
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
             log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            _merge_people(rows, {row["person"] for row in same})
-
-
-def _merge_people(rows: list[dict], people: set[str]) -> None:
-    """Give all scans of these people one name, also those whose bytes nobody else has."""
-    name = min(people)
-    for row in rows:
-        if row["person"] in people:
-            row["person"] = name
+            merge_people(rows, [{row["person"] for row in same}])
 
 
 if __name__ == "__main__":
