@@ -13,6 +13,7 @@ over the names in it that are gone. What no command of this project reaches is l
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from data_registry.shard_store import ShardStore, open_store
 from pipelines.attempts import clean
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
 from pipelines.index import HASH_CACHE, SCANS_TABLE, find_databases
-from pipelines.withdraw_reach import Gone, left_elsewhere
+from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
 
 log = logging.getLogger("lodbrain.withdraw")
 FROZEN = ("split.parquet", "split.json")
@@ -72,6 +73,7 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
     affected = _affected(store, own, these, params.harmonise)
     data_hash = sha256(SAMPLES_TABLE) if SAMPLES_TABLE.is_file() else None
     found = Gone(database, tuple(subjects), reason, these, tuple(own), tuple(others), affected, _hashes(affected), data_hash)
+    found = replace(found, same_people=same_people(found))
     if dry_run:
         print(f"would withdraw {what}: {len(own)} scans in {len(affected)} shards; nothing is changed")
     else:

@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_registry.errors import InputError
-from data_registry.ledgers import Withdrawn
+from data_registry.ledgers import Withdrawn, read_rows
 from data_registry.params import Params
+from data_registry.schema import read_table
 from data_registry.shards import read_metadata
-from pipelines.index import find_databases
+from pipelines.index import find_databases, labels_folder
+from pipelines.people import PEOPLE_TABLE
+from pipelines.split import SPLIT_TABLE
 
 PASSED_OVER = {".git", ".dvc", ".venv", "shards", "cache", "mlflow", "__pycache__"}
 WEIGHTS = (".pt", ".ckpt", ".safetensors", ".onnx")
@@ -45,14 +48,16 @@ class Gone:
     shard_hashes: frozenset[str]
     data_hash: str | None
     """Of the samples table that had them."""
+    same_people: tuple[str, ...] = ()
+    """As :func:`same_people` found them before anything was removed."""
 
 
 def left_elsewhere(gone: Gone, params: Params) -> Iterator[str]:
     """Headings and lines, for a person to read and to act on."""
     weights, hashes = _weights(gone)
     sections = {
-        "The same person in another database, not withdrawn by this": _same_people(gone),
-        "Raw files; index passes over them": _raw_files(gone, params),
+        "The same person in another database, or under another name, not withdrawn by this": list(gone.same_people),
+        "Raw files, and labels made of them; index passes over both": _raw_files(gone, params),
         "Weights that saw them; train again without (dvc repro), then delete these and every copy that was given on": weights,
         "Runs in MLflow, whose reports hold pictures and scores": _mlflow(params, hashes | {gone.data_hash} - {None}),
         "DVC's cache and remotes, once `dvc repro` has noted what is left; `dvc checkout` of an old dvc.lock brings them back": list(_dvc(gone)),
@@ -73,34 +78,42 @@ def _again(gone: Gone, database: str | None = None, subjects: tuple[str, ...] | 
                        "--reason", gone.reason])  # fmt: skip
 
 
-def _same_people(gone: Gone) -> list[str]:
-    """Who shares a person or the bytes of a file with them."""
-    people, digests = {row["person"] for row in gone.scans}, {row["t1w_sha256"] for row in gone.scans} - {None}
-    people |= {f"{gone.database}/{subject}" for subject in gone.subjects}
+def same_people(gone: Gone) -> tuple[str, ...]:
+    """Others who are, or may be, the same: by the tables of scans and of the split, by the bytes of a file, by suspicion. Reads what goes later."""
+    scan_ids, digests = {row["scan_id"] for row in gone.scans}, {row["t1w_sha256"] for row in gone.scans} - {None}
+    people = {row["person"] for row in gone.scans} | {f"{gone.database}/{subject}" for subject in gone.subjects}
+    held = read_table(SPLIT_TABLE, "split").select(["scan_id", "person"]).to_pylist() if SPLIT_TABLE.is_file() else []
+    people |= {row["person"] for row in held if row["scan_id"] in scan_ids}
+    named = {row["scan_id"]: row["person"] for row in held}
     found: dict[tuple[str, str], list[str]] = {}
     for row in gone.others:
-        if row["person"] in people or row["t1w_sha256"] in digests:
+        if {row["person"], named.get(row["scan_id"])} & people or row["t1w_sha256"] in digests:
             found.setdefault((row["database"], row["subject"]), []).append(row["scan_id"])
-    return [f"{', '.join(scans)}: {_again(gone, database, (subject,))}" for (database, subject), scans in sorted(found.items())]
+    lines = [f"{', '.join(scans)}: {_again(gone, database, (subject,))}" for (database, subject), scans in sorted(found.items())]
+    for row in read_rows(PEOPLE_TABLE, ("verdict", "likeness", "scan_a", "scan_b")):
+        pair = {row["scan_a"], row["scan_b"]}
+        if row["verdict"] == "review" and len(pair & scan_ids) == 1:
+            lines.append(f"{min(pair - scan_ids)} may be: a likeness of {row['likeness']} to {min(pair & scan_ids)}, which nobody has looked at")
+    return tuple(lines)
 
 
 def _raw_files(gone: Gone, params: Params) -> list[str]:
-    lines = []
+    lines, folders = [], []
     for root in params.index.roots:
         try:
-            folder = find_databases([Path(root)]).get(gone.database)
+            folders += filter(None, [find_databases([Path(root)]).get(gone.database)])
         except InputError as error:
             lines.append(f"cannot be looked into: {error}")
-            continue
-        if folder and not gone.subjects:
-            lines.append(f"rm -r {shlex.quote(str(folder))}")
-        elif folder:
-            names = [f"sub-{subject}{rest}" for subject in gone.subjects for rest in ("", "_*")]
-            there = sorted({path for name in names for below in ("", "derivatives/*/", "sourcedata/*/") for path in folder.glob(below + name)})
-            lines += [f"rm -r {shlex.quote(str(path))}" for path in there]
-            tables = [path for name in ("participants.tsv", "sourcedata/*/participants.tsv", "fetched.tsv") for path in sorted(folder.glob(name))]
-            tables = [path for path in tables if any(_names(path.read_bytes(), subject) for subject in gone.subjects)]
-            lines += [f"{path}: their rows" for path in tables]
+    labels = labels_folder(params.index)
+    folders += [labels / gone.database] if labels and (labels / gone.database).is_dir() else []
+    if not gone.subjects:
+        return lines + [f"rm -r {shlex.quote(str(folder))}" for folder in folders]
+    names = [f"sub-{subject}{rest}" for subject in gone.subjects for rest in ("", "_*")]
+    for folder in folders:
+        there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
+        lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
+        tables = [path for name in ("participants.tsv", "sourcedata/*/participants.tsv", "fetched.tsv") for path in sorted(folder.glob(name))]
+        lines += [f"{path}: their rows" for path in tables if any(_names(path.read_bytes(), subject) for subject in gone.subjects)]
     return lines
 
 

@@ -161,7 +161,7 @@ def test_a_database_goes_with_its_results_pictures_reports_and_copies(copy, caps
     assert [row["scan_id"] for row in read_table("tables/results.parquet", "results").to_pylist()] == ["beta_sub-00"]
     assert {row["database"] for row in read_table("tables/samples.parquet", "samples").to_pylist()} == {"beta"}
     left = {str(path) for folder in ("tables", "reports", "cache/shards") for path in Path(folder).rglob("*") if path.is_file()}
-    tables = {f"tables/{name}" for name in ("results.parquet", "samples.parquet", "scans.parquet", "split.parquet", "split.json")}
+    tables = {f"tables/{name}" for name in ("results.parquet", "samples.parquet", "scans.parquet", "split.parquet", "split.json", "people.tsv")}
     assert left == {"tables/cases/run-1.npz", "tables/1.tsv", "cache/shards/1.parquet"} | tables
     assert "1 copies of shards in cache/shards" in capsys.readouterr().out
     assert {"/alpha/" in path for path in pq.read_table("cache/hashes.parquet")["path"].to_pylist()} == {False}
@@ -214,6 +214,7 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     for row in rows:
         row["person"] = f"alpha/{GONE}" if row["scan_id"] == "beta_sub-01" else row["person"]
     write_table("tables/scans.parquet", "scans", rows)
+    Path("tables/people.tsv").write_text(f"verdict\tlikeness\tscan_a\tscan_b\nreview\t0.750\talpha_sub-{GONE}\tbeta_sub-03\n")
     Path("runs/second/tables").mkdir(parents=True)
     Path("runs/second/params.yaml").touch()
     Path("mlflow").mkdir()
@@ -235,6 +236,7 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     assert said.split("\n\n", 1)[1] == dry.split("\n\n", 1)[1]  # a dry run says it all
     for line in (
         "beta_sub-01: python -m pipelines.withdraw beta --subject 01 --reason 'asked for it'",
+        f"beta_sub-03 may be: a likeness of 0.750 to alpha_sub-{GONE}, which nobody has looked at",
         f"rm -r roots/alpha/sub-{GONE}",
         f"rm -r roots/alpha/derivatives/freesurfer/sub-{GONE}",
         "checkpoints/unet-base-0/fold-0 saw 0 scans for train, 1 scans for val: rm -r checkpoints/unet-base-0/fold-0",
