@@ -137,6 +137,8 @@ class Database(_Described):
     defaced: Flag | None = None
     family_column: Text | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
+    sex_codes: dict[Text, Literal["F", "M"]] = {}
+    """What participants.tsv writes for F and M, where it is neither these nor words; e.g. ``{"1": M, "2": F}``."""
     site_rule: SiteRule
     sites: Annotated[dict[Text, Site], Field(min_length=1)]
     lod_brain: dict[Text, LodBrainRow] = {}
