@@ -32,6 +32,7 @@ MANUFACTURERS = frozenset(_MANUFACTURERS.values())
 """The spellings that :func:`canonical_manufacturer` makes."""
 
 
+@functools.cache
 def canonical_manufacturer(name: str | None) -> str | None:
     """One spelling a maker; a name that is not known stays as it came.
 

@@ -48,7 +48,7 @@ def read_age(written: object, unit: str = "year") -> Reading:
     >>> read_age("36", "month").value, read_age("006M").value, read_age("31.5")
     (3.0, 0.5, Reading(value=31.5, kind=None, done=None))
     >>> read_age("89+").kind, read_age("240").done
-    ('age unclear', 'null; months, it would be 20 years')
+    ('age unclear', 'null; in months it would be 20 years')
     """
     if is_empty(written):
         return Reading(None, "missing value", "null")
@@ -65,8 +65,10 @@ def read_age(written: object, unit: str = "year") -> Reading:
     years = number / PER_YEAR[unit]
     if not 0 <= years <= OLDEST_YEARS:
         months = unit == "year" and OLDEST_YEARS < years <= OLDEST_YEARS * 12
-        return Reading(None, "age impossible", f"null; months, it would be {number / 12:.3g} years" if months else "null")
-    return Reading(years, "unit", f"{unit}s made years") if unit != "year" else Reading(years, "spelling", f"read as {years:g}") if dicom else Reading(years)
+        return Reading(None, "age impossible", f"null; in months it would be {number / 12:.3g} years" if months else "null")
+    if unit != "year":
+        return Reading(years, "unit", f"{unit}s made years: {years:.4g}")
+    return Reading(years, "spelling", f"read as {years:g}") if dicom else Reading(years)
 
 
 def read_sex(written: object, codes: Mapping[str, str]) -> Reading:
@@ -129,8 +131,8 @@ def read_field_strength(written: object) -> Reading:
 def canonical_licence(written: str | None) -> str | None:
     """One spelling a licence; what is not known stays as it came.
 
-    >>> [canonical_licence(name) for name in ("CCo", "CC0 1.0", "PDDL", "CC BY-NC 4.0", "cc-by", "none")]
-    ['CC0', 'CC0', 'PDDL', 'CC-BY-NC-4.0', 'CC-BY', 'none']
+    >>> [canonical_licence(name) for name in ("CCo", "CC0 1.0", "PDDL", "CC BY-NC 4.0", "cc-by", "own")]
+    ['CC0', 'CC0', 'PDDL', 'CC-BY-NC-4.0', 'CC-BY', 'own']
     >>> canonical_licence("made available under the Public Domain Dedication and License v1.0, whose full text can be found at")
     'PDDL'
     """
