@@ -44,7 +44,8 @@ class Reconciliation:
         for row in rows:
             about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}
             if row["site"] not in self.database.sites:
-                self._notes.add("unknown site", "site", expected="a site of the catalogue", found=row["site"], done=f"quarantined: {row['reason']}", **about)
+                done = f"quarantined: {row['reason']}"
+                self._notes.add("unknown site", "site", expected="a site of the catalogue", found=row["site"], done=done, **about)
             elif row["reason"]:
                 self._notes.add("quarantined", "t1w", found=row["reason"], done="left out of every later stage", **about)
         self._scanners.finish()
@@ -86,5 +87,6 @@ class Reconciliation:
             self._notes.add("spelling", found=f"field {name}", done="read as License", **about)
         if licence != written:
             self._notes.add("spelling", found=written, done=f"read as {licence}", **about)
-        if licence != canonical_licence(known):
-            self._notes.add("licence", found=licence, done="the catalogue's stands" if known else "listed here alone; the catalogue names none", **about)
+        if self.database.known and licence != canonical_licence(known):
+            done = "the catalogue's stands" if known else "listed here alone; the catalogue names none"
+            self._notes.add("licence", found=licence, done=done, **about)

@@ -40,7 +40,7 @@ class People:
     def _check_columns(self) -> None:
         about = {"file": "participants.tsv"}
         if "participant_id" not in self.header:
-            self.notes.add("missing column", "participant_id", expected="participant_id", found=", ".join(self.header), done="no row is read", **about)
+            self.notes.add("missing column", "participant_id", found=", ".join(self.header), done="no row is read", **about)
         for field, columns, names, hint in (("age_years", self._age, AGE_COLUMNS, "age|birth"), ("sex", self._sex, SEX_COLUMNS, "sex|gender")):
             if not columns:
                 alike = [column for column in self.header if re.search(hint, column, re.IGNORECASE)]
@@ -81,7 +81,8 @@ class People:
         pattern = rf"age_ses[-_]?{re.escape(session)}"
         of_session = [column for column in self.header if session and re.fullmatch(pattern, _plain(column), re.IGNORECASE)]
         if of_session:
-            self.notes.add("column taken", "age_years", found=of_session[0], done=f"read for session {session}", together=True, **about | {"site": None})
+            done = f"read for session {session}"
+            self.notes.add("column taken", "age_years", found=of_session[0], done=done, together=True, **about | {"site": None})
         age_column, age = self._written("age_years", of_session or self._age, rows, about)
         sex_column, sex = self._written("sex", self._sex, rows, about)
         return {

@@ -25,7 +25,9 @@ class Scanners:
     def facts(self, row: dict, sidecar: dict) -> dict:
         """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan."""
         site = self.database.sites.get(row["site"])
-        about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}
+        own = row["t1w_path"].split(".nii")[0] + ".json"
+        file = own if (self.notes.root / own).is_file() else row["t1w_path"]
+        about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": file}
         values = {}
         for field, key in KEYS.items():
             written, expected = sidecar.get(key), getattr(site, field, None)
@@ -55,7 +57,8 @@ class Scanners:
         for name, content in self._inherited.items():
             value = content.get(KEYS[field])
             if value not in (None, written) and set(Path(name).stem.split("_")) <= set(Path(about["file"]).name.split(".")[0].split("_")):
-                self.notes.add("contradicting sidecars", field, expected=f"{value} in {name}", found=written, done="the nearer sidecar's is read", **about)
+                done = "the nearer sidecar's is read"
+                self.notes.add("contradicting sidecars", field, expected=f"{value} in {name}", found=written, done=done, **about)
 
     def _check_voxel(self, sidecar: dict, site: Site | None, about: dict) -> None:
         for key in ("SpacingBetweenSlices", "SliceThickness"):
