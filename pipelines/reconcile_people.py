@@ -93,7 +93,8 @@ class People:
     def _written(self, field: str, columns: list[str], rows: list[dict], about: dict) -> tuple[str | None, str | None]:
         """The column that says it and what it says; columns or rows that do not agree say nothing."""
         said = [(column, row[column].strip()) for column in columns for row in rows if not is_empty(row.get(column))]
-        if len({text.casefold() for _, text in said}) > 1:
+        meant = {(read_age(text) if field == "age_years" else read_sex(text, {})).value or text.casefold() for _, text in said}  # 30 is 30.0, M is male
+        if len(meant) > 1:
             found = ", ".join(dict.fromkeys(f"{column} {text}" for column, text in said))
             self.notes.add("contradicting rows", field, expected="one value", found=found, done="null", **about)
             return None, None
