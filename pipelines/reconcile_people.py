@@ -1,5 +1,6 @@
 """Ages and sexes from ``participants.tsv``, by the units and codes that ``participants.json`` or the catalogue declares."""
 
+import functools
 import re
 
 from data_registry.readings import age_unit, is_empty, read_age, read_sex, sex_codes
@@ -44,7 +45,7 @@ class People:
         for field, columns, names, hint in (("age_years", self._age, AGE_COLUMNS, "age|birth"), ("sex", self._sex, SEX_COLUMNS, "sex|gender")):
             if not columns:
                 alike = [column for column in self.header if re.search(hint, column, re.IGNORECASE)]
-                found = f"not read: {', '.join(alike)}" if alike else ", ".join(self.header)
+                found = f"only {', '.join(alike)}" if alike else ", ".join(self.header)
                 done = "null, but where a column names the session" if field == "age_years" else "null"
                 self.notes.add("missing column", field, expected=" or ".join(names), found=found, done=done, **about)
             elif columns[0].strip().casefold() not in ("age", "sex", "gender"):
@@ -93,8 +94,8 @@ class People:
     def _written(self, field: str, columns: list[str], rows: list[dict], about: dict) -> tuple[str | None, str | None]:
         """The column that says it and what it says; columns or rows that do not agree say nothing."""
         said = [(column, row[column].strip()) for column in columns for row in rows if not is_empty(row.get(column))]
-        meant = {(read_age(text) if field == "age_years" else read_sex(text, {})).value or text.casefold() for _, text in said}  # 30 is 30.0, M is male
-        if len(meant) > 1:
+        read = read_age if field == "age_years" else functools.partial(read_sex, codes={})
+        if len({read(text).value or text.casefold() for _, text in said}) > 1:  # 30 is 30.0, M is male
             found = ", ".join(dict.fromkeys(f"{column} {text}" for column, text in said))
             self.notes.add("contradicting rows", field, expected="one value", found=found, done="null", **about)
             return None, None
