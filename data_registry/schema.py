@@ -78,7 +78,7 @@ CONFLICTS = pa.schema([
     _column("site", pa.string(), "as in scans; null for the whole database"),
     _column("subject", pa.string(), "as in scans; null if no single one is meant"),
     _column("scan", pa.string(), "scan_id, of several scans the first; null if no scan is meant"),
-    _column("scans", pa.int32(), "how many scans the row speaks of"),
+    _column("scans", pa.int32(), "how many scans the row speaks of; of an age or a sex, how many people at a session"),
     _column("field", pa.string(), "the column of scans, or the name in the file, that it is about"),
     _column("expected", pa.string(), "what the catalogue says, or what would be clear"),
     _column("found", pa.string(), "what is written or there"),
