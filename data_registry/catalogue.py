@@ -62,12 +62,14 @@ def catalogue_files() -> list[Path]:
 @functools.cache
 def catalogue() -> dict[str, Database]:
     """All databases of the catalogue, by name."""
-    return {database.name: database for database in map(load_database, catalogue_files())}
+    return {path.stem: load_database(path) for path in catalogue_files()}
 
 
+@functools.cache
 def find_database(name: str) -> Database:
-    """The catalogue's entry, or the stated default."""
-    return catalogue().get(name) or unknown_database(name)
+    """The catalogue's entry, whose file alone is read, or the stated default."""
+    path = next((path for path in catalogue_files() if path.stem == name), None)
+    return unknown_database(name) if path is None else load_database(path)
 
 
 def load_database(path: Path) -> Database:

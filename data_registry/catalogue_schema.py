@@ -9,7 +9,7 @@ NAME_PATTERN = r"[A-Za-z0-9_-]+"
 
 Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Strict(), Field(ge=0)]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
 Years = Annotated[Number, Field(ge=0, le=120)]

@@ -1,4 +1,7 @@
-"""The catalogue as a table, a row a site, and the choice of rows."""
+"""The catalogue as a table, a row a site, and the choice of rows.
+
+pyarrow, and the schema that is written in it, are imported where a file is written: most questions to the catalogue need neither.
+"""
 
 import csv
 import io
@@ -6,10 +9,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data_registry import schema
 from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
@@ -75,6 +74,8 @@ def _same(cell: object, value: str | float) -> bool:
 
 def as_tsv(rows: list[dict]) -> str:
     """With a header; null is n/a, as in BIDS, and what a list holds is parted by commas."""
+    from data_registry import schema
+
     handle = io.StringIO()
     writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
     writer.writerow(schema.SITES.names)
@@ -93,6 +94,11 @@ def as_json(rows: list[dict]) -> str:
 
 def write(path: Path, rows: list[dict], form: str) -> None:
     """``tsv``, ``json`` or ``parquet``; the file exists only when complete."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from data_registry import schema
+
     with replacing(path) as aside:
         if form == "parquet":
             pq.write_table(pa.Table.from_pylist(rows, schema=schema.SITES), aside)

@@ -33,8 +33,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(handle.fileno())
         aside.chmod(0o666 & ~_umask())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk
+            error.filename = str(path)
         raise
 
 

@@ -9,6 +9,7 @@ FREESURFER_FILES = {
     "wmparc": "wmparc.mgz",
     "aseg": "aseg.mgz",
 }
+FREESURFER_FOLDERS = ("derivatives/freesurfer", "derivatives/fastsurfer", "derivatives/sourcedata/freesurfer")
 
 
 def find_labels(root: Path, subject: str, session: str) -> dict[str, Path]:
@@ -21,7 +22,7 @@ def find_labels(root: Path, subject: str, session: str) -> dict[str, Path]:
     subject_name = f"sub-{subject}"
     folders = [f"{subject_name}_ses-{session}", f"{subject_name}/ses-{session}", subject_name] if session else [subject_name]
     found: dict[str, Path] = {}
-    for freesurfer in ("derivatives/freesurfer", "derivatives/fastsurfer", "derivatives/sourcedata/freesurfer"):
+    for freesurfer in FREESURFER_FOLDERS:
         candidates = ((source, root / freesurfer / folder / "mri" / name) for folder in folders for source, name in FREESURFER_FILES.items())
         there = [(source, path) for source, path in candidates if path.is_file()]
         found |= {} if found else dict(there[:1] + [item for item in there[1:] if item[0] == "aparc_dkt_aseg"])

@@ -16,6 +16,7 @@ from data_registry import conform, protocol
 from data_registry.errors import InputError
 from data_registry.intensity import Intensity
 from data_registry.jobs import Count, Section, Slurm
+from data_registry.large_batch import LargeBatch
 
 Settings = TypeVar("Settings", bound=Section)
 
@@ -149,9 +150,23 @@ class Train(Section):
     checkpointing: Literal["none", "blocks"] = "none"
     """blocks: keep the blocks' inputs alone and compute their insides again on the way back; less memory, more time, the same gradients."""
     batch_size: Count = 1
+    """Samples of a step, of all processes together; large_batch says what more processes than these do."""
+    large_batch: Annotated[LargeBatch, LeftOutIf(LargeBatch())] = LargeBatch()
+    accumulate: Annotated[Count, LeftOutIf(1)] = 1
+    """Parts in which a process goes through its share of a batch, one after the other: less memory, the same gradient, but of batch norms,
+    and of FastSurfer's loss, whose sums are then a part's."""
+    batch_norms: Annotated[Literal["own", "all"], LeftOutIf("own")] = "own"
+    """Whose samples batch norms take their moments of, in training. own: a process's, which with a sample a process are those of the recipe;
+    so what networks with batch norms learn depends on the number of processes. all: every process's, on GPUs. Group norms, as LOD-Brain's and
+    the U-Net's, look at one sample either way."""
+    compile: Annotated[Literal["none", "network"], LeftOutIf("none")] = "none"
+    """network: torch.compile makes code of its passes, in minutes, for scans of one size; wants a C++ compiler, on GPUs Triton."""
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
     augmentation: Literal["none", "light", "strong", "paper"] = "light"
+    augment_on: Annotated[Literal["workers", "device", "auto"], LeftOutIf("workers")] = "workers"
+    """device: workers read and draw, the device that trains does what was drawn; a GPU's noise then is another draw. auto: device on a GPU, for
+    networks that are not trained on slices; else workers."""
     standardise: Annotated[Literal["none", "nyul"], LeftOutIf("none")] = "none"
     """nyul: intensities go to a standard scale, fitted on the fold's training scans alone, see data_registry/nyul.py."""
     network: dict = {}

@@ -23,6 +23,7 @@ from data_registry.schema import read_table, table_metadata
 from data_registry.shard_store import ShardStore, open_store
 from data_registry.shards import block_counts, classes_of, pooled
 from lod_model.augment import augment, sample_seed
+from lod_model.deferred import KEY, Deferred, drawn
 
 COARSE_FACTOR = 4
 TABLES = Path("tables")
@@ -131,14 +132,15 @@ class SampleDataset(Dataset):
 
     ``augmented`` before: what the coarse level sees is made from the full grid, augmented, then pooled and counted; without augmentation
     that is what stands in the coarse columns. ``windows``: the target of the fine level is cut to a window, its first voxel ``window``.
+    ``deferred``: image and target as they are read, and what :func:`lod_model.deferred.finished` is to make of them; collated by that module.
     """
 
     def __init__(
         self, scans: list[Scan], *, level: Literal["coarse", "fine"], protocol: str, augmentation: str = "none", seed: int = 0,
-        augmented: Literal["after", "before"] = "after", windows: "Windows | None" = None,
+        augmented: Literal["after", "before"] = "after", windows: "Windows | None" = None, deferred: bool = False,
     ) -> None:  # fmt: skip
         self.scans, self.level, self.augmentation, self.seed = scans, level, augmentation, seed
-        self.augmented, self.windows = augmented, windows
+        self.augmented, self.windows, self.deferred = augmented, windows, deferred
         self.protocol = protocols.load(protocol)
 
     def __len__(self) -> int:
@@ -153,18 +155,29 @@ class SampleDataset(Dataset):
         target = scan.fractions(self.protocol, factor) if factor > 1 else scan.classes(self.protocol)
         seed = sample_seed(self.seed, epoch, scan.scan_id)
         mirrored, voxel_mm = self.protocol.mirrored(), scan.voxel_mm * factor
+        windows = self.windows if self.windows and epoch < self.windows.until else None
+        if self.deferred:
+            image, (target,), variant, moments_before = drawn(raw, [target], [mirrored], preset=self.augmentation, seed=seed, voxel_mm=voxel_mm)
+            plan = Deferred(
+                variant, raw.shape, ("target",), scan.mean, scan.deviation, raw=moments_before,
+                pooling=(COARSE_FACTOR, self.protocol.classes) if pooling else None, window=windows and (windows, seed, scan.scan_id),
+            )  # fmt: skip
+            return {"image": _tensor(image)[None], "target": _tensor(target), KEY: plan}
         image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
         image = scan.zscored(image, raw)
         if pooling:
             image = pooled(image, COARSE_FACTOR)
             target = block_counts(target, COARSE_FACTOR, self.protocol.classes).astype(np.float32) / COARSE_FACTOR**3
-        sample = {"image": torch.from_numpy(np.ascontiguousarray(image))[None]}
-        if self.windows and epoch < self.windows.until:
-            first = self.windows.first(target, seed, where=scan.scan_id)
-            target = target[tuple(slice(start, start + self.windows.side) for start in first)]
+        sample = {"image": _tensor(image)[None]}
+        if windows:
+            first = windows.first(target, seed, where=scan.scan_id)
+            target = target[tuple(slice(start, start + windows.side) for start in first)]
             sample["window"] = torch.from_numpy(first)
-        target = target if self.level == "coarse" else target.astype(np.int64)
-        return sample | {"target": torch.from_numpy(np.ascontiguousarray(target))}
+        return sample | {"target": _tensor(target if self.level == "coarse" else target.astype(np.int64))}
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 @dataclass(frozen=True)
@@ -185,10 +198,17 @@ class Windows:
         >>> Windows(side=2, step=2).first(classes, 0, where="sub-01").tolist()
         [2, 0, 2]
         """
-        if self.side > min(classes.shape):
-            sides = " × ".join(map(str, classes.shape))
-            raise InputError(f"train.fine_patch is {self.side}: {where} has {sides} voxels; null or at most {min(classes.shape)} is wanted")
-        labelled = pooled(classes > 0, self.step)
+        self.check(classes.shape, where=where)
+        return self.place(pooled(classes > 0, self.step), seed)
+
+    def check(self, shape: tuple[int, ...], *, where: str) -> None:
+        """InputError for a window that is larger than the image."""
+        if self.side > min(shape):
+            sides = " × ".join(map(str, shape))
+            raise InputError(f"train.fine_patch is {self.side}: {where} has {sides} voxels; null or at most {min(shape)} is wanted")
+
+    def place(self, labelled: np.ndarray, seed: int) -> np.ndarray:
+        """As :meth:`first`, of blocks of ``step`` voxels that hold a labelled one."""
         for axis in range(3):
             labelled = np.lib.stride_tricks.sliding_window_view(labelled, self.side // self.step, axis=axis).any(-1)
         places = np.argwhere(labelled if labelled.any() else ~labelled)

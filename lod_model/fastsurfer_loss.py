@@ -11,6 +11,7 @@ Source: Henschel et al., NeuroImage 219:117012 (2020) and 251:118933 (2022). LOD
 taken per scan.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,14 @@ class Loss(NamedTuple):
     ce: Tensor
 
 
-def combined_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, *, dice_weight: float = 1, ce_weight: float = 1) -> Loss:
+def combined_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, *, dice_weight: float = 1, ce_weight: float = 1,
+    summed: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Loss:  # fmt: skip
     """Of logits (B, C, H, W) against classes (B, H, W) of any integer type, with a ``weight`` (B, H, W) for each pixel, or 1 for all.
 
-    ``dice_weight`` and ``ce_weight``: what either counts in the total; 0 leaves it out. Computed in float32, also of half precision and
+    ``dice_weight`` and ``ce_weight``: what either counts in the total; 0 leaves it out. ``summed`` adds to sums over this share of a batch
+    those of its other shares; the gradients are then this one's part of the whole batch's. Computed in float32, also of half precision and
     under autocast. ValueError where the shapes do not fit or a class is outside 0 … C − 1 and not IGNORED.
 
     >>> logits, target = torch.zeros(1, 2, 1, 4), torch.tensor([[[0, 0, 1, IGNORED]]])             # p = ½ everywhere; three pixels count
@@ -46,9 +51,12 @@ def combined_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, 
         raise ValueError(f"target: {outside} pixels outside the classes 0 … {logits.shape[1] - 1}")
     log_p = logits.log_softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
     nats = -log_p.gather(1, known[:, None])[:, 0]                                     # (B, H, W)
-    ce = (nats * kept if weight is None else nats * kept * weight).sum() / kept.sum().clamp(min=1)
+    entropy = (nats * kept if weight is None else nats * kept * weight).sum()
     overlap, size = _by_class((-nats).exp() * kept, known, logits.shape[1]), _by_class(kept.to(nats.dtype), known, logits.shape[1])
     covered = (log_p.exp() * kept[:, None]).sum((0, 2, 3))                            # (C,) = Σp
+    sums = summed(torch.cat([overlap, size, covered, entropy[None], kept.sum()[None].to(nats.dtype)]))
+    overlap, size, covered, (entropy, pixels) = sums.split([logits.shape[1]] * 3 + [2])
+    ce = entropy / pixels.clamp(min=1)
     dice = (1 - 2 * overlap / (covered + size + SMOOTH)).mean()
     return Loss(dice_weight * dice + ce_weight * ce, dice, ce)
 

@@ -75,8 +75,6 @@ def train_folds(wanted: dict[str, list[int]], params: Params, *, wait: bool = Tr
 def _submit_folds(folds: dict[str, tuple[str, int]], identities: dict[str, str], params: Params) -> tuple[dict[Place, str], set[str]]:
     """Where each fold is trained, and which jobs are new."""
     job = params.resources.slurm.train
-    if job.nodes * job.tasks_per_node > 1:
-        raise InputError(f"resources.slurm.train asks for {job.nodes} × {job.tasks_per_node} processes a fold; training takes one")
     there, tasks = slurm.at_work(), []
     for name, (network, fold) in folds.items():
         place, identity = there.get(name, (None, None))

@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lod_model import processes
+from lod_model.shares import Shares
+
 log = logging.getLogger("lodbrain.train")
 STATUS = 75
 """Exit status of a training that has stopped and wants to go on: EX_TEMPFAIL of sysexits.h."""
@@ -36,7 +39,7 @@ def listening() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _asked:
+        if _asked and not processes.is_loss(error):  # srun and torchrun signal the others when a process fails: no reason to begin again
             raise Preempted from error
         raise
     finally:
@@ -57,31 +60,11 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def plugins() -> list:
-    """What Lightning must not choose for itself: how processes find each other, and checkpoints that exist only when complete."""
-    from lightning_fabric.plugins import TorchCheckpointIO
-    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
-
-    from data_registry.files import replacing
-
-    class WholeCheckpoints(TorchCheckpointIO):
-        """Lightning's own are written to the temporary folder and copied from there where that is another file system."""
-
-        def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-            import torch
-
-            with replacing(path) as aside:
-                torch.save(checkpoint, aside)
-
-    several = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1  # of an srun; Lightning alone would take a lone process in a job for one of many
-    return [SLURMEnvironment(auto_requeue=False) if several else LightningEnvironment(), WholeCheckpoints()]
-
-
-def Stopping(order, path: Path):
+def Stopping(shares: Shares, path: Path):
     """A Lightning callback that stops when asked to, its state in ``path``, the checkpoint that a training goes on from.
 
-    ``order`` is the sampler of the training samples, with ``resume_at(epoch, consumed)``. The state is the epoch and how many of its samples,
-    of all processes together, have been consumed. What Lightning does not restore is done here: the place within the epoch, and the step of a
+    ``shares`` are those of the training samples. The state is the epoch and how many of its samples, of all processes together, have been
+    consumed, at the end of a batch. What Lightning does not restore is done here: the place within the epoch, and the step of a
     schedule that follows validation, which Lightning takes after it has saved an epoch.
     """
     from pytorch_lightning import Callback
@@ -97,7 +80,7 @@ def Stopping(order, path: Path):
         def load_state_dict(self, state: dict) -> None:
             self.epoch, self.consumed, self.figures = state["epoch"], state["consumed"], state["figures"]
             self.resumed = True
-            order.resume_at(self.epoch, self.consumed)
+            shares.resume_at(self.epoch, self.consumed)
 
         def on_train_start(self, trainer, _module) -> None:
             _install()  # Lightning has put its own in place
@@ -106,8 +89,11 @@ def Stopping(order, path: Path):
                     if config.reduce_on_plateau and config.monitor in self.figures:
                         config.scheduler.step(self.figures[config.monitor])
 
-        def on_train_batch_end(self, trainer, _module, _output, _batch, _index) -> None:
-            self.consumed = min(self.consumed + trainer.train_dataloader.batch_size * trainer.world_size, len(order))
+        def on_train_batch_end(self, trainer, _module, _output, _batch, index) -> None:
+            consumed = shares.consumed(index)
+            if consumed is None:  # of a batch in parts, not the last
+                return
+            self.consumed = consumed
             if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # then validation, or the end of the epoch, comes next
                 self._stop_if_asked(trainer)
 
@@ -129,9 +115,10 @@ def Stopping(order, path: Path):
                     progress[part] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
         def _stop_if_asked(self, trainer) -> None:
-            if trainer.strategy.reduce_boolean_decision(bool(_asked), all=False):
+            if processes.any_of(bool(_asked)):
                 trainer.save_checkpoint(path)
-                log.info("asked to stop: epoch %d, %d of its %d samples, is in %s", self.epoch, self.consumed, len(order), path)
+                log.info("asked to stop: epoch %d, %d of its %d samples, is in %s", self.epoch, self.consumed, len(shares.sampler), path)
+                processes.await_first()
                 raise Preempted
 
     return Stopping()

@@ -27,9 +27,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from data_registry.errors import InputError
-from data_registry.files import replacing
 from data_registry.intensity import ROBUST, Preparation
-from lod_model import networks
+from lod_model import checkpoints, networks
 from lod_model.networks.lod_brain import LODBrain, LODBrainConfig
 
 FORMAT = 1
@@ -114,8 +113,7 @@ def save(
         "state": {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()},
         "provenance": provenance,
     }
-    with replacing(path) as aside:
-        torch.save(content, aside)
+    checkpoints.save(content, path)
     return path
 
 

@@ -56,3 +56,28 @@ class Scans:
             while not self._stop.wait(0.2):
                 progress.update(bar, completed=self.done, description=self._now())
             progress.update(bar, completed=self.done, description=self._now())
+
+
+class Bytes(Scans):
+    """Bytes that have come, by several threads.
+
+    >>> come = Bytes("fetch", 3_000_000_000)
+    >>> come.add(500_000_000)
+    >>> come.line(after_s=10)
+    'fetch 0.50/3.00 GB, 50.0 MB/s, 0:00:50 left'
+    """
+
+    def __init__(self, stage: str, total: int) -> None:
+        super().__init__(stage, total)
+        self._adding = threading.Lock()
+
+    def add(self, number: int) -> None:
+        """So many more; fewer, where some have to come again."""
+        with self._adding:
+            self.done += number
+
+    def line(self, *, after_s: float) -> str:
+        """See :class:`Scans`."""
+        rate = max(self.done, 0) / max(after_s, 1e-9)
+        left = f"{timedelta(seconds=round((self.total - self.done) / rate))} left" if rate else "time left unknown"
+        return f"{self.stage} {self.done / 1e9:.2f}/{self.total / 1e9:.2f} GB, {rate / 1e6:.1f} MB/s, {left}"

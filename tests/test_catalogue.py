@@ -3,13 +3,15 @@
 import copy
 import csv
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_registry.catalogue import catalogue, load_database, read_database
+from data_registry.catalogue import catalogue, find_database, load_database, read_database
 from data_registry.catalogue_check import findings, lod_brain_table
 from data_registry.catalogue_schema import Ages, Database, LabelSource, LodBrainRow, Redistribution, Sexes, Site, SiteRule
 from data_registry.catalogue_sources import MUST_BE_SOURCED, standing, value_of
@@ -130,6 +132,24 @@ def test_test_data_are_no_part_of_the_corpus():
 def test_rules_by_prefix_give_a_site(database, subject, site):
     entry = catalogue()[database]
     assert re.match(entry.site_rule.prefix, subject).group(1) == site and site in entry.sites
+
+
+def test_it_is_read_without_the_heavy_libraries():
+    code = (
+        "import sys; from data_registry.catalogue import catalogue; from data_registry.catalogue_table import as_json, site_rows; "
+        "as_json(site_rows(catalogue().values())); "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'pyarrow', 'numpy', 'pandas', 'torch', 'nibabel', 'rich', 'typer', 'matplotlib'}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_one_database_is_one_file_read(monkeypatch):
+    read = []
+    monkeypatch.setattr("data_registry.catalogue.read_database", lambda path: read.append(path.name) or read_database(path))
+    find_database.cache_clear()
+    assert (find_database("ixi").name, find_database("ixi").known, find_database("IXI").known) == ("ixi", True, False)
+    assert read == ["ixi.yaml"]
+    assert all(find_database(name) == database for name, database in catalogue().items())
 
 
 # ---------------------------------------------------------------- where it was read
@@ -263,6 +283,13 @@ def test_a_field_that_nobody_knows(tmp_path, path, known):
         ({"access": "public"}, "access: 'public' came; 'open', 'registration' or 'agreement' is wanted"),
         ({"sites": {"A": WHOLE["sites"]["A"] | {"field_strength_tesla": 30}}}, "sites.A.field_strength_tesla: 30 came; less than 12 is wanted"),
         ({"sites": {"A": WHOLE["sites"]["A"] | {"field_strength_tesla": "3T"}}}, "sites.A.field_strength_tesla: '3T' came; a valid number is wanted"),
+        ({"sites": {"A": WHOLE["sites"]["A"] | {"voxel_mm": [1.0, 1.0, 30]}}}, "sites.A.voxel_mm.2: 30 came; less than 20 is wanted"),
+        ({"sites": {"A": WHOLE["sites"]["A"] | {"voxel_mm": [0, 1.0, 1.0]}}}, "sites.A.voxel_mm.0: 0 came; greater than 0 is wanted"),
+        ({"sites": {}, "lod_brain": {}}, "sites: {} came"),
+        ({"used_by": ["nnU-Net"]}, "used_by.0: 'nnU-Net' came"),
+        ({"countries": ["Italy", "Malta", 3]}, "countries.2: 3 came"),
+        ({"defaced": "yes"}, "defaced: 'yes' came; a valid boolean is wanted"),
+        ({"redistribute": {"images": 1}}, "redistribute.images: 1 came; a valid boolean is wanted"),
         ({"sites": {"A": WHOLE["sites"]["A"] | {"country": "Malte"}}}, "sites.A.country is 'Malte'; one of the countries Italy, Malta is wanted"),
         ({"sites": {"A": None}}, "sites.A: None came; fields and their values are wanted"),
         ({"site_rule": {"single": "B"}}, "site_rule.single 'B' is no site; one of A is wanted"),

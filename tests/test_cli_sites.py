@@ -36,8 +36,9 @@ def test_a_table_with_options():
     text = output("list", "--country", "netherlands", "--field-strength", "1.5")
     lines = [line for line in text.splitlines() if "Nijmegen" in line]
     assert len(lines) == 1 and "adhd200" in lines[0] and "Siemens Avanto" in lines[0] and "1.5" in lines[0]
-    assert "register*" in lines[0]  # the terms of access are unverified
-    assert "Germany" not in text
+    assert lines[0].rstrip().endswith("register") and "Germany" not in text
+    unverified = [line for line in output("list", "--database", "iadni").splitlines() if "Italian ADNI" in line]
+    assert len(unverified) == 1 and unverified[0].rstrip().endswith("agree*")
 
 
 def test_tsv_json_and_parquet_say_the_same(tmp_path):
@@ -87,8 +88,11 @@ def test_show_has_terms_sites_and_where_they_were_read():
     assert "Siemens ConnectomS" in text and "HCP (890)" in text
     standing = json.loads(output("show", "hcp", "--json"))["standing"]
     assert standing["licence"]["standing"] == "sourced"
-    assert standing["doi"] == {"value": "10.1016/j.neuroimage.2013.05.041", "standing": "unverified", "source": None}
+    doi = "10.1016/j.neuroimage.2013.05.041"
+    assert standing["doi"] == {"value": doi, "standing": "sourced", "source": f"doi:{doi}"}
     assert standing["sites"]["WashU"]["voxel_mm"]["value"] == [0.7, 0.7, 0.7]
+    licence = json.loads(output("show", "nki_rockland", "--json"))["standing"]["licence"]
+    assert (licence["standing"], licence["source"]) == ("unverified", None)
 
 
 def test_every_database_can_be_shown():

@@ -15,7 +15,7 @@ DOORS = {
     "mlflow": {"lod_model/tracking_store.py"},
     "nibabel": {"data_registry/volume.py"},
     "h5py": {"lod_model/weights.py"},
-    "fsspec": {"data_registry/shard_store.py"},
+    "fsspec": {"data_registry/shard_store.py", "pipelines/fetch_routes.py"},
 }
 HEAVY = {"torch", "pytorch_lightning", "torchio", "monai", "mlflow", "ray", "matplotlib"}
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lod_model import preempt
+from lod_model import checkpoints, preempt, processes
 from lod_model.data import EpochOrder
+from lod_model.shares import Shares
 
 EPOCHS, BATCHES, VAL_BATCHES = 3, 4, 3
 
@@ -58,13 +60,15 @@ class Points(torch.utils.data.Dataset):
 
 def fit(folder, module, *, workers=0) -> Line:
     order = EpochOrder([SimpleNamespace(database="a", site="b")] * 7, seed=1)
-    training = DataLoader(Points(), batch_size=2, sampler=order, num_workers=workers, worker_init_fn=preempt.deaf)
+    shares = Shares(order, 2)
+    training = DataLoader(Points(), batch_sampler=shares, num_workers=workers, worker_init_fn=preempt.deaf)
     validation = DataLoader(Points(), batch_size=3, sampler=EpochOrder(order.scans, seed=1, shuffle=False))
     path = folder / "last.ckpt"
     last = ModelCheckpoint(folder, "last", monitor=None, save_top_k=1, every_n_epochs=1, enable_version_counter=False)
     trainer = Trainer(
-        max_epochs=EPOCHS, callbacks=[preempt.Stopping(order, path), last], plugins=preempt.plugins(), logger=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, accelerator="cpu", devices=1,
+        max_epochs=EPOCHS, callbacks=[preempt.Stopping(shares, path), last], plugins=[processes.environment(), checkpoints.plugin()],
+        logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, accelerator="cpu",
+        devices=1,
     )  # fmt: skip
     with preempt.listening():
         trainer.fit(module, training, validation, ckpt_path=path if path.is_file() else None, weights_only=True)
@@ -144,12 +148,12 @@ def test_a_checkpoint_stands_until_the_next_is_whole(tmp_path, whole, monkeypatc
         fit(tmp_path, first)
     before = (tmp_path / "last.ckpt").read_bytes()
 
-    def half(_checkpoint, path):
-        path.write_bytes(b"half")
+    def half(path, _content):
+        path.open("wb").write(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
+        patch.setattr(Path, "write_bytes", half)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
             fit(tmp_path, second)
     assert (tmp_path / "last.ckpt").read_bytes() == before

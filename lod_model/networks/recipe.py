@@ -35,11 +35,11 @@ class Recipe:
         names = ("optimiser", "learning_rate", "epsilon", "weight_decay", "schedule", "batch_size")
         return replace(self, **{name: getattr(other, name) for name in names})
 
-    def optimiser_for(self, network: nn.Module) -> torch.optim.Optimizer:
-        """Of the parameters that are trained."""
+    def optimiser_for(self, network: nn.Module, *, rate: float = 1.0) -> torch.optim.Optimizer:
+        """Of the parameters that are trained; ``rate``: times the learning rate."""
         parameters = [p for p in network.parameters() if p.requires_grad]
         kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimiser]
-        return kind(parameters, lr=self.learning_rate, betas=(0.9, 0.999), eps=self.epsilon, weight_decay=self.weight_decay)
+        return kind(parameters, lr=rate * self.learning_rate, betas=(0.9, 0.999), eps=self.epsilon, weight_decay=self.weight_decay)
 
     def schedule_for(self, optimiser: torch.optim.Optimizer, *, patience: int) -> dict | None:
         """What Lightning is told of the learning rate, an epoch at a time; None where it stays."""

@@ -1,6 +1,7 @@
 """The launchers on a real SLURM of this machine, through failures, pre-emption and Ctrl-C. Where SLURM cannot start, they fail."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,10 @@ def newest_job() -> str:
 
 def active_jobs() -> str:
     return ask("squeue", "--noheader")
+
+
+def active_numbers() -> list[str]:
+    return ask("squeue", "--noheader", "--format=%A").split()
 
 
 def hashes(project: Path) -> dict[str, str]:
@@ -258,13 +263,48 @@ def test_two_nodes_are_preempted(project):
     seen = project / "line/seen-0"
     until(lambda: seen.is_file() and len(seen.read_text().splitlines()) > 5)
     high = ask("sbatch", "--parsable", "--partition=high", "--nodes=2", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1").strip()
-    until(lambda: high not in active_jobs())
+    until(lambda: high not in active_numbers())
     first = len(seen.read_text().splitlines())
     until(lambda: len(seen.read_text().splitlines()) > first + 5, hurry=True)
     ask("scontrol", "requeue", place.job)
     until(lambda: not active_jobs(), hurry=True)
     assert slurm.wait_for(places, cancel=set()) == {}, place.log.read_text()
     check_line(project / "line", place.log.read_text())
+
+
+def test_a_fold_on_two_nodes_is_preempted(project, tmp_path, monkeypatch):
+    """By a job of a higher partition: it is requeued, and ends after the right number of steps with the weights of two undisturbed processes."""
+    before = (project / "params.yaml").read_text()
+    settings = yaml.safe_load(before)
+    settings["resources"] = {"threads": 1, "slurm": {"train": {"nodes": 2, "cpus": 4}}}
+    (project / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    params = load_params()
+    try:
+        launch.train_folds({"lod_brain": [0]}, params, wait=False)
+        ((place, _),) = slurm.at_work().values()
+        until(lambda: (weights_of(0).parent / "fine/best.ckpt").is_file())
+        high = ask("sbatch", "--parsable", "--partition=high", "--nodes=2", "--cpus-per-task=4", "--output=/dev/null", "--wrap=sleep 1").strip()
+        until(lambda: high not in active_numbers())
+        until(lambda: not active_jobs(), hurry=True)
+        launch.train_folds({"lod_brain": [0]}, params)  # which waits for what is at work, and has nothing to do
+    finally:
+        (project / "params.yaml").write_text(before)
+    said = place.log.read_text()
+    assert place.status == 0 and said.count("asked to stop: epoch ") == 1 and "Traceback" not in said, said
+    number = len(all_folds()[0]["train"])
+    found = json.loads((weights_of(0).parent / "fold.json").read_text())
+    steps = {level: stage["steps"] for level, stage in found["stages"].items()}
+    assert found["batch_factor"] == 2 and steps == {"coarse": 2 * number, "fine": 10 * number}, steps  # as many as with the recipe's batch
+    assert metric_steps(project, 0) == (list(range(10)), "FINISHED")
+
+    for name in ("tables", "shards"):
+        (tmp_path / name).symlink_to(project / name)
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", "-m", "lod_model.train", "--network=lod_brain", "--fold=0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 0, done.stderr
+    assert weights.load(weights_of(0)).hash == weights.load(project / weights_of(0)).hash
 
 
 def check_line(folder: Path, log: str) -> None:

@@ -1,0 +1,156 @@
+"""Fetch a database's T1w and labels by its route: from a bucket that anyone may read, over HTTP with a manifest, or from a folder.
+
+Stop it at any moment: the same command goes on. What is here already, with the size and version that the route lists, is not fetched again.
+Exit status: 0 all is here, 1 some files could not be had (each is named), 2 nothing more could be done (the reason is the last line).
+"""
+
+import argparse
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_registry.catalogue import NAME_PATTERN, Database, find_database
+from data_registry.errors import InputError, run_stage
+from pipelines import fetch_terms
+from pipelines.fetch_choice import File, Part, choose_subjects, find_files, find_parts, join_participants
+from pipelines.fetch_routes import Patient, Route, RouteError, open_route
+from pipelines.fetch_transfer import Ledger, alone, aside_of, tidy, transfer
+
+log = logging.getLogger("lodbrain.fetch")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a database is wanted; empty: all of it."""
+
+    sites: Collection[str] = ()
+    subjects: Collection[str] = ()
+    labels: bool = True
+
+
+@dataclass(frozen=True)
+class Network:
+    """How it is met."""
+
+    endpoint_url: str | None = None
+    """Of an S3 server; None: AWS_ENDPOINT_URL, else Amazon's."""
+    workers: int = 8
+    tries: int = 5
+    """After the first, while nothing comes."""
+    timeout_s: float = 30
+
+
+ALL, ORDINARY = Choice(), Network()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.fetch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("database", help="as the catalogue names it (`lodbrain sites list`), or one of your own with --route")
+    parser.add_argument("--site", action="append", default=[], metavar="S", help="only this site; may be given again")
+    parser.add_argument("--subject", action="append", default=[], metavar="S", help="only this subject; may be given again")
+    parser.add_argument("--to", type=Path, help="the database's folder (default: data/DATABASE); its name is the database's")
+    parser.add_argument("--accept-licence", metavar="ID", help="the licence as `lodbrain sites show` has it; kept in licences.tsv, so wanted once")
+    parser.add_argument("--route", help="s3://…, https://… or a folder, instead of the catalogue's: a mirror, or what you downloaded")
+    parser.add_argument("--endpoint-url", help="of an S3 server that is not Amazon's (default: AWS_ENDPOINT_URL)")
+    parser.add_argument("--labels", action=argparse.BooleanOptionalAction, default=True, help="label maps that come with the database")
+    parser.add_argument("--dry-run", action="store_true", help="say how many files and bytes there are, and fetch nothing")
+    parser.add_argument("--verify", action="store_true", help="hash what is here already, and fetch again what has been damaged")
+    parser.add_argument("--workers", type=int, default=ORDINARY.workers, help="files at a time (default: %(default)s)")
+    parser.add_argument("--tries", type=int, default=ORDINARY.tries, help="times that a failed connection is tried again (default: %(default)s)")
+    parser.add_argument("--timeout", type=float, default=ORDINARY.timeout_s, help="seconds in which something must come (default: %(default)g)")
+    given = parser.parse_args()
+    if given.workers < 1 or given.tries < 0 or given.timeout <= 0:
+        raise InputError("--workers, --tries, --timeout: at least one worker, no fewer than 0 tries and more than 0 seconds are wanted")
+    choice, network = Choice(given.site, given.subject, given.labels), Network(given.endpoint_url, given.workers, given.tries, given.timeout)
+    faults = fetch(
+        given.database, to=given.to, route=given.route, accepted=given.accept_licence, choice=choice, network=network,
+        dry_run=given.dry_run, verify=given.verify,
+    )  # fmt: skip
+    for path, why in sorted(faults.items()):
+        print(f"error: {path}: {why}", file=sys.stderr)
+    if faults:
+        print(f"error: {len(faults)} files could not be had; the others are here", file=sys.stderr)
+        sys.exit(1)
+
+
+def fetch(
+    name: str, *, to: Path | None = None, route: str | None = None, accepted: str | None = None, choice: Choice = ALL,
+    network: Network = ORDINARY, dry_run: bool = False, verify: bool = False,
+) -> dict[str, str]:  # fmt: skip
+    """Fetch into ``to``; why some files could not be had, by path.
+
+    Raises :class:`InputError` if the database may not be fetched, its licence is not accepted, the route cannot be read, or its connection
+    is gone.
+    """
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise InputError(f"{name!r}: a database's name is letters, digits, '-' and '_'")
+    database, to = find_database(name), to or Path("data", name)
+    if to.absolute().name != name:
+        raise InputError(f"--to {to}: the folder's name becomes the database's; …/{name} is wanted")
+    withdrawn = fetch_terms.withdrawn_subjects(database)
+    address = fetch_terms.address_of(database, route)
+    if not dry_run:
+        fetch_terms.accept(database, accepted, address=address)
+    opened = open_route(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
+    try:
+        parts, files = _list(Patient(opened, network.tries), database, choice, withdrawn, network.workers)
+    except RouteError as error:
+        raise InputError(f"{address}: {error}; a route that can be listed is wanted") from None
+    ledger = Ledger(to, opened.address, read_only=dry_run)
+    if another := next(filter(ledger.is_another, files), None):
+        came = ledger.rows[another.path]
+        sizes = f"{came['bytes']} bytes came from {came['route']}, {another.entry.bytes} are at {address}"
+        raise InputError(f"{to / another.path}: {sizes}: two databases; another --to is wanted")
+    missing = [file for file in files if not ledger.has(file, verify=verify)]
+    here = len(files) - len(missing)
+    if dry_run:
+        print(f"{name}: {_size(files)} at {address}; {here} are here, {_size(missing)} to fetch")
+        return {}
+    with alone(to):
+        _check_room(to, missing)
+        faults = transfer(opened, missing, ledger, tries=network.tries, workers=network.workers)
+        if parts[0].folder:
+            join_participants(to, database, parts)
+            ledger.add_made("participants.tsv")
+        if not faults:
+            tidy(to)
+    print(f"{name}: {_size(files)} in {to}; {here} were here, {len(missing) - len(faults)} came, {len(faults)} could not be had")
+    print(f"next: `index: {{roots: [{to}]}}` in params.yaml, then python -m pipelines.index")
+    return faults
+
+
+def _list(route: Route, database: Database, choice: Choice, withdrawn: Collection[str], workers: int) -> tuple[list[Part], list[File]]:
+    log.info("%s: listing %s", database.name, route.address)
+    with ThreadPoolExecutor(2 * workers) as pool:
+        parts = find_parts(route, database, pool)
+        gone = sorted(set(withdrawn) & {subject for part in parts for subject in part.subjects})
+        if gone:
+            log.info("%s: subjects left out because %s names them: %d", database.name, fetch_terms.WITHDRAWN, len(gone))
+        chosen = choose_subjects(route, database, parts, sites=choice.sites, subjects=choice.subjects, withdrawn=withdrawn)
+        files = find_files(route, parts, chosen, pool, labels=choice.labels)
+    if not any(file.path.endswith(("_T1w.nii", "_T1w.nii.gz")) for file in files):
+        raise InputError(f"{route.address}: no T1w of the {sum(map(len, chosen))} subjects chosen; sub-*/[ses-*/]anat/*_T1w.nii.gz is wanted")
+    return parts, files
+
+
+def _check_room(to: Path, missing: list[File]) -> None:
+    """A disk that is too small is better known before the night than after it."""
+    parts = (aside_of(to, file) for file in missing)
+    wanted = sum(file.entry.bytes for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
+    free = shutil.disk_usage(to).free
+    if wanted > free:
+        raise InputError(f"{to}: {free / 1e9:.2f} GB are free; {wanted / 1e9:.2f} GB are wanted")
+
+
+def _size(files: list[File]) -> str:
+    return f"{len(files)} files, {sum(file.entry.bytes for file in files) / 1e9:.3f} GB"
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,469 @@
+"""Fetching from a real S3 server and from HTTP on loopback: cut midway, changed meanwhile, damaged, refused; then the same command goes on."""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+from loopback_http import CuttingProxy, folder_server
+from loopback_s3 import BUCKET, s3_server
+
+from data_registry.catalogue import Database, Site, SiteRule, find_database
+from data_registry.errors import InputError
+from data_registry.label_sources import find_labels
+from pipelines import fetch as fetching
+from pipelines import fetch_routes, fetch_terms
+from pipelines import index as indexing
+from pipelines.fetch import Choice, Network, fetch
+from pipelines.fetch_choice import find_files, find_parts
+from pipelines.fetch_routes import Changed, open_route
+from pipelines.index import index
+
+CHECKOUT = Path(__file__).parents[1]
+NETWORK = Network(workers=2, tries=1, timeout_s=10)
+NAME = "small"
+SITES = {"Ash": "ash", "Oak": "oak"}
+T1W = "sub-01/anat/sub-01_T1w.nii.gz"
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path, monkeypatch):
+    """An empty project, a catalogue with a database of two sites, small pieces and short waits."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(fetch_routes, "CHUNK_BYTES", 2**16)
+    monkeypatch.setattr(fetch_routes, "BACKOFF_S", 0.01)
+    known(monkeypatch)
+    return folder
+
+
+def known(monkeypatch, **fields) -> None:
+    """The catalogue has the database, as these fields say."""
+    found = database(**fields)
+    for user in (fetching, indexing):
+        monkeypatch.setattr(user, "find_database", lambda name: found if name == NAME else find_database(name))
+
+
+def database(**fields) -> Database:
+    sites = {site: Site(place=place) for site, place in SITES.items()}
+    given = {"licence": "CC0", "access": "open", "site_rule": SiteRule(participants="site"), "source": "made for tests"} | fields
+    return Database(name=NAME, title=NAME, sites=sites, **given)
+
+
+def scan(seed: int, size: int = 200_000) -> bytes:
+    """Begins as gzip does."""
+    return gzip.compress(random.Random(seed).randbytes(size), 0, mtime=0)
+
+
+def write(root: Path, files: dict[str, bytes]) -> Path:
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    return root
+
+
+WANTED = {
+    "dataset_description.json": b'{"Name": "small"}', "README": b"read me", "T1w.json": b'{"MagneticFieldStrength": 3}',
+    "participants.tsv": "participant_id\tsite\tname\nsub-01\tAsh\tÄ\nsub-02\tOak\tB\nsub-03\tOak\tC\n".encode(),
+    T1W: scan(1, 900_000), "sub-01/anat/sub-01_T1w.json": b"{}", "sub-02/anat/sub-02_T1w.nii.gz": scan(2),
+    "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz": scan(3), "sub-02/anat/sub-02_acq-100% #ä+&?[x]_T1w.nii.gz": scan(14),
+    "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz": scan(4), "derivatives/hand/sub-02/anat/sub-02_desc-a_dseg.nii.gz": scan(5),
+    "derivatives/freesurfer/sub-03_ses-1/mri/aseg.mgz": scan(6),
+}  # fmt: skip
+UNWANTED = {
+    "sub-01/func/sub-01_task-rest_bold.nii.gz": scan(7), "sub-01/anat/sub-01_T2w.nii.gz": scan(8),
+    "derivatives/freesurfer/sub-01/mri/T1.mgz": scan(9),
+    "derivatives/freesurfer/fsaverage/mri/aseg.mgz": scan(10), "sub-01/anat/sub-01_T1w.nii.gz.bak": b"x", "code/run.sh": b"x",
+}  # fmt: skip
+
+
+@pytest.fixture
+def mirror(tmp_path) -> Path:
+    return write(tmp_path / "mirror", WANTED | UNWANTED)
+
+
+def get(route: str | Path, **settings) -> dict[str, str]:
+    return fetch(NAME, route=str(route), accepted="CC0", **{"network": NETWORK} | settings)
+
+
+def there(root: Path = Path("data", NAME)) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "fetched.tsv"}
+
+
+def ledger() -> dict[str, dict]:
+    with open(Path("data", NAME, "fetched.tsv"), encoding="utf-8", newline="") as handle:
+        return {row["path"]: row for row in csv.DictReader(handle, delimiter="\t")}
+
+
+def manifest(folder: Path, *, odd: str = "", **changed: str) -> None:
+    """Write ``manifest.tsv`` of a folder; ``odd`` is a line more, ``changed`` the checksums of files by name."""
+    lines = [
+        f"{path.relative_to(folder)}\t{path.stat().st_size}\t{changed.get(path.name.split('.')[0]) or hashlib.sha256(path.read_bytes()).hexdigest()}"
+        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.tsv"
+    ]  # fmt: skip
+    (folder / "manifest.tsv").write_text("\n".join(["path\tsize\tsha256", *lines, odd]), encoding="utf-8")
+
+
+# From a bucket
+
+
+@pytest.fixture(scope="module")
+def server():
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(server, request, monkeypatch):
+    """(client, prefix, proxy) of a bucket that holds the database; without credentials in the environment."""
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=server["AWS_ENDPOINT_URL"], **keys)
+    for path, content in (WANTED | UNWANTED).items():
+        client.put_object(Bucket=BUCKET, Key=f"{request.node.name}/{path}", Body=content, ACL="public-read")
+    client.put_object(Bucket=BUCKET, Key=f"{request.node.name}/sub-01/", Body=b"")  # as consoles make a folder
+    proxy = CuttingProxy(int(server["AWS_ENDPOINT_URL"].rsplit(":", 1)[1]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    return client, request.node.name, proxy
+
+
+def test_a_bucket_gives_what_is_wanted_and_nothing_else_once(bucket, capsys):
+    client, prefix, proxy = bucket
+    route = f"s3://{BUCKET}/{prefix}"
+    assert get(route) == {} and there() == WANTED
+    assert "next: `index: {roots: [data/small]}`" in capsys.readouterr().out
+    rows = ledger()
+    assert rows.keys() == WANTED.keys()
+    assert rows[T1W]["sha256"] == hashlib.sha256(WANTED[T1W]).hexdigest() and rows[T1W]["version"] == hashlib.md5(WANTED[T1W]).hexdigest()
+    before, proxy.passed = Path("data/small/fetched.tsv").read_bytes(), 0
+    assert get(route) == {} and Path("data/small/fetched.tsv").read_bytes() == before
+    assert proxy.passed < 30_000  # listings alone
+
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{T1W}", Body=(newer := scan(11)), ACL="public-read")
+    os.truncate(Path("data/small/README"), 3)
+    assert get(route) == {} and there() == WANTED | {T1W: newer}
+    assert len(Path("data/small/fetched.tsv").read_text().splitlines()) == len(WANTED) + 3
+
+    found = [set(find_labels(Path("data/small"), *scan)) for scan in (("01", ""), ("02", ""), ("03", "1"))]
+    assert found == [{"aparc_aseg"}, {"hand"}, {"aseg"}]
+
+
+def test_a_cut_connection_is_one_line_and_the_same_command_goes_on(bucket):
+    _, prefix, proxy = bucket
+    proxy.budget = 1_000_000
+    with pytest.raises(InputError, match=rf"^s3://{BUCKET}/{prefix}: .* of {len(WANTED)} files came and are kept, the same command"):
+        get(f"s3://{BUCKET}/{prefix}", network=Network(workers=1, tries=1))
+    parts = sum(path.stat().st_size for path in Path("data/small/.fetching").glob("*.part"))
+    done = {path: content for path, content in there().items() if not path.startswith(".fetching")}
+    assert parts > 200_000 and done.items() < WANTED.items()
+    proxy.budget, proxy.passed = float("inf"), 0
+    assert get(f"s3://{BUCKET}/{prefix}") == {} and there() == WANTED
+    left = sum(map(len, WANTED.values())) - sum(map(len, done.values())) - parts
+    assert left < proxy.passed < left + 150_000  # what was there did not come again
+
+
+def test_an_object_replaced_meanwhile_is_not_taken_for_the_one_that_was_listed(bucket):
+    client, prefix, proxy = bucket
+    route = open_route(f"s3://{BUCKET}/{prefix}")
+    with ThreadPoolExecutor(2) as pool:
+        parts = find_parts(route, database(), pool)
+        files = {file.path: file for file in find_files(route, parts, [["01"]], pool, labels=False)}
+    assert parts[0].subjects == ["01", "02", "03"]
+    assert b"".join(route.read(files[T1W].entry, 100_000)) == WANTED[T1W][100_000:]
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{T1W}", Body=scan(12, 900_000), ACL="public-read")
+    with pytest.raises(Changed):
+        b"".join(route.read(files[T1W].entry, 100_000))
+
+
+def test_part_of_a_version_is_no_beginning_of_another(bucket):
+    client, prefix, proxy = bucket
+    proxy.budget = 400_000
+    with pytest.raises(InputError):
+        get(f"s3://{BUCKET}/{prefix}", choice=Choice(subjects=["sub-01"], labels=False), network=Network(workers=1, tries=1))
+    assert any(Path("data/small/.fetching").glob("*.part")) and not Path("data/small", T1W).exists()
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}/{T1W}", Body=(newer := scan(13, 900_000)), ACL="public-read")
+    proxy.budget = float("inf")
+    assert get(f"s3://{BUCKET}/{prefix}", choice=Choice(subjects=["sub-01"], labels=False)) == {}
+    assert there()[T1W] == newer and not Path("data/small/.fetching").exists()
+
+
+def test_a_bucket_that_is_not_there_is_one_line(bucket):
+    with pytest.raises(InputError, match="^s3://nowhere/x: no sub-\\* in it, nothing can be listed there"):
+        get("s3://nowhere/x")
+
+
+# Over HTTP
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_http_goes_on_after_a_cut(mirror, ranges):
+    manifest(mirror)
+    with folder_server(mirror) as web:
+        web.ranges, web.cuts, web.cut_after = ranges, 2, 300_000
+        assert get(web.url, network=Network(workers=2, tries=2)) == {} and there() == WANTED
+        again = 0 if ranges else 2 * 300_000
+        assert web.sent[T1W] == len(WANTED[T1W]) + again
+        web.cuts, web.cut_after = 1000, 100_000
+        os.remove(Path("data/small", T1W))
+        if ranges:
+            assert get(web.url) == {}  # nine cuts with one try: each brought some
+        else:
+            with pytest.raises(InputError, match="the connection ended after 100000 of 900093 bytes; 0 of 1 files came and are kept"):
+                get(web.url)
+
+
+def test_a_folder_that_was_fetched_can_be_fetched_from(mirror):
+    get(mirror, to=Path("first", NAME))
+    with folder_server(Path("first", NAME)) as web:
+        assert get(f"{web.url}/fetched.tsv") == {} and there() == WANTED
+
+
+def test_what_is_wrong_is_named_and_not_put_in_its_place(mirror, monkeypatch, capsys):
+    login = b"<!DOCTYPE html><title>Login</title>"
+    pointer = b"/annex/objects/MD5E-s9--d41d8cd98f00b204e9800998ecf8427e.nii.gz\n"
+    write(mirror, {"sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz": pointer})
+    wrong = "sub-02/anat/sub-02_T1w.nii.gz"
+    manifest(mirror, odd=f"sub-04/anat/sub-04_T1w.nii.gz\t9\t{'0' * 64}", **{"sub-02_T1w": "0" * 64})
+    with folder_server(mirror) as web:
+        web.pages[T1W] = login
+        monkeypatch.setattr(sys, "argv", ["fetch", NAME, "--route", web.url, "--accept-licence", "CC0", "--tries", "2"])
+        with pytest.raises(SystemExit) as ended:
+            fetching.main()
+        assert ended.value.code == 1 and web.sent[wrong] == 3 * len(WANTED[wrong])
+    said = capsys.readouterr().err
+    assert f"error: {T1W}: {len(login)} bytes are offered, an HTML page; {len(WANTED[T1W])} are wanted" in said
+    assert f"error: {wrong}: SHA-256 {hashlib.sha256(WANTED[wrong]).hexdigest()} came; {'0' * 64} is wanted" in said
+    assert "error: sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz: git-annex's pointer instead of the file" in said
+    assert "error: sub-04/anat/sub-04_T1w.nii.gz: the server answers 404 Not Found\nerror: 4 files could not be had" in said
+    failed = {T1W, wrong, "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz"}
+    assert ledger().keys() == {path for path in there() if not path.startswith(".fetching")} == WANTED.keys() - failed
+
+
+@pytest.mark.parametrize(("line", "why"), [
+    (f"../sub-01/anat/x_T1w.nii.gz\t9\t{'0' * 64}", "leads out of its folder"),
+    (f"/etc/passwd\t9\t{'0' * 64}", "leads out of its folder"),
+    (f"sub-01/../../x\t9\t{'0' * 64}", "leads out of its folder"),
+    (f"sub-01/anat/sub-01_T1w.nii.gz\t-9\t{'0' * 64}", "a whole number of bytes"),
+    ("sub-01/anat/sub-01_T1w.nii.gz\t9\tn/a", "a checksum in hexadecimal"),
+])  # fmt: skip
+def test_a_manifest_that_cannot_be_trusted_is_refused_whole(mirror, line, why):
+    manifest(mirror, odd=line)
+    with folder_server(mirror) as web, pytest.raises(InputError, match=f"manifest.tsv, line {len(WANTED | UNWANTED) + 2}: .*{why}"):
+        get(web.url)
+    assert not Path("data").exists()
+
+
+def test_an_address_without_a_manifest_is_refused(mirror):
+    with folder_server(mirror) as web, pytest.raises(InputError, match="manifest.tsv: the server answers 404 Not Found; HTTP has no listing"):
+        get(web.url)
+
+
+def test_a_server_that_says_nothing_is_given_up():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(InputError, match=f"^http://{host}/manifest.tsv: timed out; HTTP has no listing"):
+            get(f"http://{host}", network=Network(tries=0, timeout_s=0.1))
+        with pytest.raises(InputError, match="^s3://b/x: Read timeout.*; a route that can be listed is wanted$"):
+            get("s3://b/x", network=Network(f"http://{host}", tries=1, timeout_s=0.1))
+
+
+# From a folder
+
+
+def test_a_link_of_git_annex_without_its_content_is_named(mirror):
+    (mirror / T1W).unlink()
+    (mirror / T1W).symlink_to("../../.git/annex/objects/aa/bb/MD5E-s9--d4.nii.gz/MD5E-s9--d4.nii.gz")
+    assert get(mirror) == {T1W: "a git-annex link without its content; `datalad get` there is wanted"}
+
+
+def test_folders_of_sites_become_one_database(tmp_path):
+    """As FCP-INDI's releases are: a BIDS database a site, whose name is its folder's alone."""
+    for folder, subject, tesla in (("Site-ASH", "01", 1.5), ("oak", "02", 3.0)):
+        write(tmp_path / "release" / folder, {
+            f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz": scan(int(subject)), "T1w.json": json.dumps({"MagneticFieldStrength": tesla}).encode(),
+            "participants.tsv": f"participant_id\tage\nsub-{subject}\t30\n".encode(),
+        })  # fmt: skip
+    assert get(tmp_path / "release", choice=Choice(sites=["Oak"])) == {} and not Path("data/small/sub-01").exists()
+    assert get(f"file://{tmp_path}/release") == {}
+    columns = ("subject", "site", "age_years", "field_strength_tesla")
+    assert [tuple(map(row.get, columns)) for row in index([Path("data/small")])] == [("01", "Ash", 30, 1.5), ("02", "Oak", 30, 3)]
+    write(tmp_path / "release/oak", {T1W: scan(15)})
+    with pytest.raises(InputError, match="sub-01 stands in Site-ASH and in oak"):
+        get(tmp_path / "release")
+
+
+def test_sites_and_subjects_are_chosen_before_anything_comes(mirror, monkeypatch):
+    def subjects(**choice) -> set[str]:
+        shutil.rmtree("data", ignore_errors=True)
+        get(mirror, choice=Choice(labels=False, **choice))
+        return {path.split("/")[0].removeprefix("sub-") for path in there() if path.startswith("sub-")}
+
+    assert subjects(sites=["Oak"]) == {"02", "03"} and subjects(subjects=["02"]) == {"02"}
+    with pytest.raises(InputError, match="--site Elm: small has no such site; one of Ash, Oak is wanted"):
+        subjects(sites=["Elm"])
+    with pytest.raises(InputError, match="--subject 09: is not among the 3 at"):
+        subjects(subjects=["sub-09"])
+    known(monkeypatch, site_rule=SiteRule(sidecar="StationName"))
+    with pytest.raises(InputError, match="tells a site from 'StationName' of the sidecar"):
+        subjects(sites=["Oak"])
+    (mirror / "participants.tsv").unlink()
+    known(monkeypatch)
+    with pytest.raises(InputError, match="--site: small takes its sites from column 'site' of participants.tsv, which is not at"):
+        subjects(sites=["Oak"])
+
+
+def test_a_dry_run_counts_and_writes_nothing(mirror, capsys):
+    fetch(NAME, route=str(mirror), dry_run=True)  # no licence is wanted to look
+    total = f"{len(WANTED)} files, {sum(map(len, WANTED.values())) / 1e9:.3f} GB"
+    assert capsys.readouterr().out == f"small: {total} at {mirror}; 0 are here, {total} to fetch\n"
+    assert not any(Path().iterdir())
+
+
+def test_what_is_here_by_other_means_is_told_by_its_checksum(mirror):
+    manifest(mirror)
+    write(Path("data", NAME), {T1W: WANTED[T1W], "sub-02/anat/sub-02_T1w.nii.gz": scan(16)})
+    with folder_server(mirror) as web:
+        assert get(web.url) == {} and there() == WANTED and T1W not in web.sent
+
+
+def test_verify_finds_what_has_been_damaged_here(mirror):
+    get(mirror)
+    damaged = bytearray(WANTED[T1W])
+    damaged[500] ^= 1
+    Path("data", NAME, T1W).write_bytes(damaged)
+    assert get(mirror) == {} and there()[T1W] == damaged
+    assert get(mirror, verify=True) == {} and there() == WANTED
+
+
+def test_two_databases_do_not_mix_in_one_folder(mirror, tmp_path):
+    get(mirror)
+    other = write(tmp_path / "other", {T1W: scan(17)})
+    with pytest.raises(InputError, match=f"{T1W}: .* two databases; another --to is wanted"):
+        get(other)
+    with pytest.raises(InputError, match="--to elsewhere: the folder's name becomes the database's"):
+        get(mirror, to=Path("elsewhere"))
+
+
+def test_a_disk_without_room(mirror, monkeypatch):
+    usage = namedtuple("usage", "free")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage(1000))
+        with pytest.raises(InputError, match="data/small: 0.00 GB are free; 0.00 GB are wanted"):
+            get(mirror)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))  # a file cannot grow beyond, as on a disk that fills up midway
+    try:
+        with pytest.raises(OSError) as ended:
+            get(mirror)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ended.value.filename == f"data/small/{T1W}" and not Path("data/small", T1W).exists()
+    assert get(mirror) == {} and there() == WANTED
+
+
+def test_ctrl_c_leaves_nothing_half_written(mirror, project):
+    manifest(mirror)
+    with folder_server(mirror) as web:
+        web.wait_s = 0.2
+        command = [sys.executable, "-m", "pipelines.fetch", "ibsr2", "--route", web.url, "--accept-licence", "unknown", "--workers=1", "--no-labels"]
+        environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+        run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        while not web.sent.get(T1W):
+            assert run.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(InputError, match="another fetch is at work there"):
+            fetch("ibsr2", route=web.url, network=NETWORK)
+        run.send_signal(signal.SIGINT)
+        said = run.communicate(timeout=10)[1]
+        assert run.returncode == 130 and "run the same command again to go on" in said and "Traceback" not in said
+        done = {path for path in there(Path("data/ibsr2")) if not path.startswith(".fetching")}
+        assert done < set(WANTED) and T1W not in done
+        web.wait_s = 0
+        assert fetch("ibsr2", route=web.url, network=NETWORK) == {} and there(Path("data/ibsr2")) == WANTED
+
+
+# Terms
+
+
+def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
+    known(monkeypatch, licence="OASIS terms")
+    with pytest.raises(InputError, match="^small: its licence is 'OASIS terms'; read it, then --accept-licence 'OASIS terms' is wanted, once"):
+        fetch(NAME, route=str(mirror))
+    with pytest.raises(InputError, match="^--accept-licence 'oasis terms': of small, its licence is 'OASIS terms'"):
+        fetch(NAME, route=str(mirror), accepted="oasis terms")
+    assert not any(Path().iterdir())
+    fetch(NAME, route=str(mirror), accepted="OASIS terms")
+    accepted = fetch_terms.LICENCES.read_text()
+    assert accepted.splitlines()[0] == "date\tuser\tdatabase\tlicence\troute"
+    assert accepted.splitlines()[1].split("\t")[2:] == [NAME, "OASIS terms", str(mirror)]
+    fetch(NAME, route=str(mirror))
+    fetch(NAME, route=str(mirror), accepted="OASIS terms")
+    assert fetch_terms.LICENCES.read_text() == accepted
+    known(monkeypatch, licence="OASIS terms of 2030")  # other terms
+    with pytest.raises(InputError, match="OASIS terms of 2030"):
+        fetch(NAME, route=str(mirror))
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"licence": None}, "its licence is not known; read it, then --accept-licence unknown is"),
+    ({"unverified": ["licence"]}, "not verified: 'CC0' stands in the catalogue, and no document confirms it; read it, then .* unknown is"),
+])  # fmt: skip
+def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkeypatch, fields, said):
+    known(monkeypatch, **fields)
+    with pytest.raises(InputError, match=said):
+        get(mirror)
+    assert fetch(NAME, route=str(mirror), accepted="unknown") == {}
+
+
+@pytest.mark.parametrize(("fields", "said"), [
+    ({"access": "agreement", "route": "portal, https://x.org"}, "small wants a signed agreement, first go to portal, https://x.org; then give"),
+    ({"access": "registration"}, "small wants a registration, first go to its owners"),
+    ({"access": None}, "small may want more than a download, first go to its owners"),
+    ({"route": "Harvard Dataverse"}, "its route is Harvard Dataverse, which no program can read"),
+    ({"route": "OpenNeuro ds003097, ds002785"}, "small is 2 databases; --route with one of s3://openneuro.org/ds003097, s3://openneuro.org/ds002785"),
+])  # fmt: skip
+def test_where_one_must_go_first_is_said(monkeypatch, fields, said):
+    known(monkeypatch, **fields)
+    with pytest.raises(InputError, match=said):
+        fetch(NAME, accepted="CC0")
+
+
+def test_routes_of_the_catalogue():
+    assert fetch_terms.address_of(find_database("la5c"), None) == "s3://openneuro.org/ds000030"
+    assert fetch_terms.address_of(database(route="s3://b/x"), None) == "s3://b/x"
+    for name, said in (("no_such_database", "no such database"), ("../x", "letters, digits")):
+        with pytest.raises(InputError, match=said):
+            fetch(name)
+
+
+@pytest.mark.parametrize("state", ["withdrawn", "embargoed"])
+def test_a_database_that_is_withdrawn_is_refused(mirror, monkeypatch, state):
+    known(monkeypatch, state=state)
+    with pytest.raises(InputError, match=f"small is {state}, says the catalogue"):
+        get(mirror)
+
+
+def test_people_who_are_withdrawn_are_left_out(mirror, caplog):
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t01\t2026-01-01\tconsent\nother\t\t\t\n")
+    with caplog.at_level("INFO"):
+        get(mirror)
+    assert "small: subjects left out because withdrawn.tsv names them: 1" in caplog.text and not [path for path in there() if "sub-01" in path]
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t\t2026-01-01\tconsent\n")
+    with pytest.raises(InputError, match=r"withdrawn from this project, says withdrawn.tsv \(2026-01-01, consent\)"):
+        get(mirror)
