@@ -32,7 +32,7 @@ KINDS = {
     "age impossible": (DECIDE, "Below 0 or above 110 years; often months or days, or a code for missing. Declare Units in participants.json."),
     "age out of range": (DECIDE, f"More than {YEARS_OF_RANGE:g} year outside what is published of the site. Kept."),
     "age unclear": (DECIDE, "A range, a bound or several ages where one number is wanted."),
-    "sex unclear": (DECIDE, "Neither F, M nor a word for them. Codes are read as participants.json (Levels) or the catalogue (sex_codes) says."),
+    "sex unclear": (DECIDE, "Neither F, M nor a word for them. Codes are read as participants.json (Levels) or the catalogue (sex_codes) declares."),
     "field strength unclear": (DECIDE, "Not near 1, 1.5, 3 or 7 T and no other nominal value, or not in tesla."),
     "unknown manufacturer": (DECIDE, "A maker that no spelling is known for."),
     "licence": (DECIDE, "dataset_description.json and the catalogue do not agree, or the catalogue names none."),
