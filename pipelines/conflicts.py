@@ -62,7 +62,8 @@ def write_conflicts(checks: list[Reconciliation]) -> str:
     with replacing(CONFLICTS_HTML) as aside:
         aside.write_text(_page(checks, rows), encoding="utf-8")
     kinds, databases = {row["kind"] for row in rows}, {row["database"] for row in rows}
-    return f"{CONFLICTS_HTML}: {len(rows)} conflicts of {len(kinds)} kinds in {len(databases)} databases; {CONFLICTS_TSV.name} lists each"
+    counts = f"conflicts: {len(rows)}, kinds: {len(kinds)}, databases: {len(databases)}"
+    return f"{CONFLICTS_HTML}: {counts}; {CONFLICTS_TSV.name} lists each"
 
 
 def conflict_rows(checks: Iterable[Reconciliation]) -> list[dict]:

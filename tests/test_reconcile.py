@@ -253,7 +253,7 @@ def test_the_stage_ends_well_with_conflicts_and_tells_of_unusable_scans(tmp_path
     (tmp_path / "params.yaml").write_text("index: {roots: [data]}\n")
     with caplog.at_level("INFO", "lodbrain"):
         stage.main()
-    assert "tables/conflicts.html: 2 conflicts of 2 kinds in 1 databases; conflicts.tsv lists each" in caplog.text
+    assert "tables/conflicts.html: conflicts: 2, kinds: 2, databases: 1; conflicts.tsv lists each" in caplog.text
     for path in (tmp_path / "data").rglob("*.nii.gz"):
         path.write_bytes(b"")
     with pytest.raises(InputError, match="none of the 2 scans"):
