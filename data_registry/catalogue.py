@@ -14,11 +14,11 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from data_registry.catalogue_schema import NAME_PATTERN, Database, Site, SiteRule, fault
+from data_registry.catalogue_schema import NAME_PATTERN, Database, SamePeople, Site, SiteRule, fault
 from data_registry.catalogue_sources import faults
 from data_registry.errors import InputError
 
-__all__ = ["NAME_PATTERN", "Database", "Site", "SiteRule"]
+__all__ = ["NAME_PATTERN", "Database", "SamePeople", "Site", "SiteRule"]
 _FOLDER = Path(__file__).parent / "catalogue"
 
 _MANUFACTURERS = {

@@ -21,7 +21,7 @@ def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Fi
 
 LABEL_FILE = pa.struct([
     _column("source", pa.string(), "what made the labels, e.g. aparc_aseg"),
-    _column("path", pa.string(), "file, relative to the database's root"),
+    _column("path", pa.string(), "file, relative to the database's root; absolute below index.labels"),
     _column("sha256", pa.string(), "of the file's bytes"),
 ])
 
@@ -108,6 +108,8 @@ SAMPLES = pa.schema([
     _column("mean", pa.float64(), "of the T1w over the whole grid, padding included", "uint8 intensity"),
     _column("deviation", pa.float64(), "population standard deviation over the whole grid", "uint8 intensity"),
     _column("histogram", pa.list_(pa.int64()), "voxels of each uint8 intensity", "voxels"),
+    _column("voxels_sha256", pa.string(), "of the T1w's voxels on the grid, whatever file, header or place they came from"),
+    _column("likeness", pa.string(), "what describes the person, see data_registry/likeness.py: signed bytes in hex; null if no brain was found"),
     _column("label_volumes_ml", pa.list_(pa.struct([("class_name", pa.string()), ("ml", pa.float32())])),
             "volume of each foreground class of the stored block protocol", "mL"),
 ])
@@ -117,7 +119,7 @@ SPLIT = pa.schema([
     _column("scan_id", pa.string(), "as in scans"),
     _column("role", pa.string(), "train, val, internal_test, external_test or excluded"),
     _column("group", pa.string(), "value of the split's key, e.g. the place"),
-    _column("person", pa.string(), "as in scans"),
+    _column("person", pa.string(), "as in scans, or a name shared with who turned out to be the same by voxels or likeness"),
     _column("reason", pa.string(), "why it is excluded; null for the other roles"),
 ])
 

@@ -14,6 +14,7 @@ cluster, or as a job, whose own folder is a copy of the code: hence ``--project`
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -28,10 +29,13 @@ import numpy as np
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
 from data_registry.intensity import ROBUST, Preparation, moments, prepare
+from data_registry.label_fit import check_fit
+from data_registry.likeness import describe
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore, ShardStore, open_store
-from data_registry.volume import load_image, load_labels
+from data_registry.tissue_maps import load_label_map
+from data_registry.volume import load_image
 from pipelines.attempts import JOURNALS, Attempts, clean
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.parallel import Death, run_bounded
@@ -40,7 +44,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -144,7 +148,7 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     levels = sum(factor**-3 for factor in shards.FACTORS)
     classes = len(settings.stored_protocols) + sum(protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
     stored = levels + 2 * max(len(scan["labels"]) for scan in scans) + classes
-    return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
+    return int(0.4e9 + 17 * 320**3 + side**3 * (10 + stored))
 
 
 def make_shard(
@@ -211,13 +215,15 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     needed = {source for name in settings.stored_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
         try:
-            labels = load_labels(root / label["path"])
-            arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
+            labels = load_label_map(root / label["path"])
+            on_grid = conform.labels_to_grid(labels, placement, method=settings.labels)
+            check_fit(labels, t1w, placement)
         except InputError as error:
             if label["source"] in needed:
                 raise
             warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
             continue
+        arrays[f"{label['source']}_x1"] = on_grid
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
         if edge := conform.coarser_than_grid_mm(labels, placement):
             coarse_mm.append(edge)
@@ -250,7 +256,10 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "deviation": deviation,
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
+        "voxels_sha256": hashlib.sha256(t1w).hexdigest(),
     }
+    if settings.likeness and (described := describe(t1w, placement.voxel_mm)) is not None:
+        sample["likeness"] = described.tobytes().hex()
     if coarse_mm:
         sample["label_voxel_mm"] = max(coarse_mm)
     return arrays, sample

@@ -25,7 +25,8 @@ from data_registry.catalogue import NAME_PATTERN, Database, find_database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
-from data_registry.params import load_params
+from data_registry.params import Index, load_params
+from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
 from pipelines.conflicts import write_conflicts
 from pipelines.reconcile import Reconciliation
@@ -38,9 +39,10 @@ SCANS_TABLE = Path("tables/scans.parquet")
 def main() -> None:
     """Index the roots of ``params.yaml`` in the current folder."""
     params = load_params()
+    people = [Path(table) for table in params.index.people]
     checks: list[Reconciliation] = []
     try:
-        rows = index([Path(root) for root in params.index.roots], checks=checks)
+        rows = index([Path(root) for root in params.index.roots], labels=labels_folder(params.index), people=people, checks=checks)
     finally:
         if checks and checks[-1].rows is not None:
             log.info(write_conflicts(checks))
@@ -49,18 +51,30 @@ def main() -> None:
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
 
 
-def index(roots: list[Path], *, checks: list[Reconciliation] | None = None) -> list[dict]:
+def labels_folder(settings: Index) -> Path | None:
+    """``index.labels``, absolute."""
+    return Path(settings.labels).absolute() if settings.labels else None
+
+
+def index(
+    roots: list[Path], *, labels: Path | None = None, people: list[Path] | None = None, checks: list[Reconciliation] | None = None
+) -> list[dict]:
     """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``; ``checks`` is filled, one a database.
+
+    ``labels`` holds label maps by database, ``people`` are tables of who is known.
 
     Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
     column that a database lacks.
     """
     databases = find_databases(roots)
     checks = [] if checks is None else checks
-    rows = [row for name, root in databases.items() for row in index_database(find_database(name), root, checks)]
+    rows = []
+    for name, root in databases.items():
+        rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None)
     _tell_apart(rows)
     _hash_files(rows, databases)
     _judge_same_content(rows)
+    name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["scan_id"]):
         by_database[row["database"]].append(row)
@@ -97,8 +111,8 @@ def _is_database(path: Path) -> bool:
     return (path / "dataset_description.json").is_file() or any(path.glob("sub-*"))
 
 
-def index_database(database: Database, root: Path, checks: list[Reconciliation]) -> list[dict]:
-    """Rows of one database, without hashes; what is in conflict with the catalogue is added to ``checks``."""
+def index_database(database: Database, root: Path, checks: list[Reconciliation], *, labels: Path | None = None) -> list[dict]:
+    """Rows of one database, without hashes; conflicts are added to ``checks``; ``labels``: a second root of its label maps."""
     import bids2table  # 0.1 s, and its schema files: not for --help
 
     files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
@@ -111,12 +125,12 @@ def index_database(database: Database, root: Path, checks: list[Reconciliation])
     checks.append(check)
     rows, given = [], set()
     for entry in sorted(files, key=lambda entry: entry["path"]):
-        subject, session = entry["sub"], entry["ses"] or ""
+        subject, session, name = entry["sub"], entry["ses"] or "", scan_name(entry["path"])
         sidecar, reason = _sidecar(root / entry["path"])
         site, site_reason = people.site(subject, sidecar)
         place = database.sites.get(site)
         row = {
-            "scan_id": f"{database.name}_{Path(entry['path']).name.split('.')[0].removesuffix('_T1w')}",
+            "scan_id": f"{database.name}_{name}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
             "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": people.family(subject),
@@ -124,14 +138,24 @@ def index_database(database: Database, root: Path, checks: list[Reconciliation])
             "reason": site_reason or reason,
         }  # fmt: skip
         row |= check.facts(row, sidecar)
-        for source, file in find_labels(root, subject, session).items():
-            if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
-                log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file.relative_to(root))
-                continue
-            given.add(file)
-            row["labels"].append({"source": source, "path": str(file.relative_to(root)), "sha256": None})
+        for base in (root, labels) if labels else (root,):
+            for source, file in find_labels(base, subject, session, scan=name).items():
+                if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
+                    log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file)
+                elif source not in {label["source"] for label in row["labels"]}:
+                    given.add(file)
+                    row["labels"].append({"source": source, "path": str(file.relative_to(base) if base is root else file), "sha256": None})
         rows.append(row)
     return rows
+
+
+def scan_name(path: str) -> str:
+    """What a T1w is called without its suffixes.
+
+    >>> scan_name("sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w.nii.gz")
+    'sub-01_ses-2_run-1'
+    """
+    return Path(path).name.split(".")[0].removesuffix("_T1w")
 
 
 class _Participants:
@@ -257,15 +281,7 @@ def _judge_same_content(rows: list[dict]) -> None:
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
             log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            _merge_people(rows, {row["person"] for row in same})
-
-
-def _merge_people(rows: list[dict], people: set[str]) -> None:
-    """Give all scans of these people one name, also those whose bytes nobody else has."""
-    name = min(people)
-    for row in rows:
-        if row["person"] in people:
-            row["person"] = name
+            merge_people(rows, [{row["person"] for row in same}])
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_a_bucket_gives_what_is_wanted_and_nothing_else_once(bucket, capsys):
     assert len(Path("data/small/fetched.tsv").read_text().splitlines()) == len(WANTED) + 3
 
     found = [set(find_labels(Path("data/small"), *scan)) for scan in (("01", ""), ("02", ""), ("03", "1"))]
-    assert found == [{"aparc_aseg"}, {"hand"}, {"aseg"}]
+    assert found == [{"aparc_aseg"}, {"hand_a"}, {"aseg"}]
 
 
 def test_a_cut_connection_is_one_line_and_the_same_command_goes_on(bucket):
