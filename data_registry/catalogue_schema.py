@@ -158,6 +158,8 @@ class Database(_Described):
     defaced: Flag | None = None
     family_column: Text | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
+    sex_codes: dict[Text, Literal["F", "M"]] = {}
+    """What participants.tsv writes for F and M, where it is neither these nor words; e.g. ``{"1": M, "2": F}``."""
     same_people: tuple[SamePeople, ...] = ()
     """Other databases with scans of its people; one side need say so."""
     site_rule: SiteRule

@@ -72,6 +72,20 @@ SITES = pa.schema([
     _column("unverified", pa.list_(pa.string()), "columns whose value no document confirms"),
 ])
 
+CONFLICTS = pa.schema([
+    _column("kind", pa.string(), "which kind of conflict, see pipelines/conflicts.py"),
+    _column("database", pa.string(), "as in scans"),
+    _column("site", pa.string(), "as in scans; null for the whole database"),
+    _column("subject", pa.string(), "as in scans; null if no single one is meant"),
+    _column("scan", pa.string(), "scan_id, of several scans the first; null if no scan is meant"),
+    _column("scans", pa.int32(), "how many scans the row speaks of; of an age or a sex, how many people at a session"),
+    _column("field", pa.string(), "the column of scans, or the name in the file, that it is about"),
+    _column("expected", pa.string(), "what the catalogue says, or what would be clear"),
+    _column("found", pa.string(), "what is written or there"),
+    _column("done", pa.string(), "what the index made of it"),
+    _column("file", pa.string(), "where it was found, relative to the database's root"),
+])
+
 SAMPLES = pa.schema([
     _column("scan_id", pa.string(), "as in scans"),
     _column("database", pa.string(), "as in scans"),

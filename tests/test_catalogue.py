@@ -23,7 +23,7 @@ CORPUS = [database for database in catalogue().values() if database.corpus]
 WHOLE = {
     "name": "whole", "title": "every field filled", "corpus": False, "used_by": ["NeuroNet"], "countries": ["Italy", "Malta"], "licence": "CC0",
     "access": "open", "route": "a shop", "redistribute": {"images": True, "labels": True, "weights": False}, "state": "available",
-    "citation": "A 2020", "doi": "10.1000/x",
+    "citation": "A 2020", "doi": "10.1000/x", "sex_codes": {"1": "M", "2": "F"},
     "labels": {"source": "FreeSurfer", "version": "7.1"}, "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
     "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40}, "sexes": {"F": 1, "M": 2}, "site_rule": {"prefix": "(A)"},
     "same_people": [{"database": "ixi"}],
@@ -222,7 +222,7 @@ def is_right(path, value) -> bool:
     """May this value stand in the field? (Said here anew: a text anywhere where text is free, no number where it is not, and so on.)"""
     name = path[-1] if path[0] not in UNNAMED or len(path) != 2 else path[0] + ".*"
     if value == {}:
-        return name in ("documents", "sources", "lod_brain", "redistribute", "age_years", "sexes")
+        return name in ("documents", "sources", "lod_brain", "redistribute", "age_years", "sexes", "sex_codes")
     if value == []:
         return name in ("used_by", "countries", "unverified", "same_people") or (name == "sites" and path[0] == "lod_brain")
     if isinstance(value, bool):
