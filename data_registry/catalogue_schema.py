@@ -113,6 +113,27 @@ class Site(_Described):
     """Of the T1w as scanned: in plane, in plane, between slices."""
 
 
+class SamePeople(_Entry):
+    """Another database that has scans of people of this one."""
+
+    database: str
+    subject: str | None = None
+    """A regular expression that matches the whole label of such a subject here; null if nobody published how the names match."""
+    theirs: str | None = None
+    """Their label there, with ``\\1`` … for the groups of ``subject``."""
+
+    @model_validator(mode="after")
+    def _names_match(self) -> "SamePeople":
+        if (self.subject is None) != (self.theirs is None):
+            raise ValueError("subject and theirs are wanted both, or neither")
+        try:
+            groups = re.compile(self.subject or "").groups
+            re.compile("()" * groups).match("").expand(self.theirs or "")
+        except (re.error, IndexError) as error:
+            raise ValueError(f"subject is no regular expression, or theirs has a group that it lacks ({error})") from None
+        return self
+
+
 class Database(_Described):
     """A database and its sites."""
 
@@ -137,6 +158,10 @@ class Database(_Described):
     defaced: Flag | None = None
     family_column: Text | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
+    sex_codes: dict[Text, Literal["F", "M"]] = {}
+    """What participants.tsv writes for F and M, where it is neither these nor words; e.g. ``{"1": M, "2": F}``."""
+    same_people: tuple[SamePeople, ...] = ()
+    """Other databases with scans of its people; one side need say so."""
     site_rule: SiteRule
     sites: Annotated[dict[Text, Site], Field(min_length=1)]
     lod_brain: dict[Text, LodBrainRow] = {}

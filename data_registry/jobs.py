@@ -45,6 +45,8 @@ class Slurm(Section):
     """Tasks of an array that may run at a time."""
     warning_s: Count = 120
     """How long before its time is up a job is told to save and stop."""
+    label: Job = Job(mem_gb=16)
+    """A task a scan; its hours are those of --limit-hours, and half of one."""
     harmonise: Job = Job()
     train: Job = Job()
     evaluate: Job = Job()

@@ -1,34 +1,139 @@
-"""Where the label maps of a scan lie below its database: FreeSurfer's subject folders and BIDS derivatives."""
+"""Where the label maps of a scan lie below its database: the one table of what each tool writes, and where.
 
+Two kinds of places: FreeSurfer's subject folders, ``<FREESURFER_FOLDERS>/<subject>/mri/``, where the subject is the T1w's own name, or
+``sub-*[_ses-*]``, or ``sub-*/ses-*``; and BIDS derivatives, ``derivatives/<tool>/sub-*/[ses-*/]anat/``, for files that begin with the subject's
+name. Which protocols read a source stands in the first line of each table of ``protocols/`` (``sources …``).
+
+Sources of the names: FreeSurfer's recon-all and SynthSeg's pages (surfer.nmr.mgh.harvard.edu/fswiki), FastSurfer's OUTPUT_FILES.md,
+fMRIPrep's docs/outputs.rst, FSL's fast, run_first_all and fsl_anat, SPM12's segment, MALP-EM's bin/malpem.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+FREESURFER_FOLDERS = (
+    "derivatives/freesurfer", "derivatives/fastsurfer", "derivatives/sourcedata/freesurfer", "derivatives/fmriprep/sourcedata/freesurfer",
+)  # fmt: skip
 FREESURFER_FILES = {
-    "aparc_aseg": "aparc+aseg.mgz",
-    "aparc_dkt_aseg": "aparc.DKTatlas+aseg.mgz",
-    "aparc_a2009s_aseg": "aparc.a2009s+aseg.mgz",
-    "wmparc": "wmparc.mgz",
-    "aseg": "aseg.mgz",
+    "aparc_aseg": ("aparc+aseg.mgz",),
+    "aparc_dkt_aseg": ("aparc.DKTatlas+aseg.mgz", "aparc.DKTatlas+aseg.deep.withCC.mgz", "aparc.DKTatlas+aseg.deep.mgz"),  # deep: FastSurfer's
+    "aparc_a2009s_aseg": ("aparc.a2009s+aseg.mgz",),
+    "wmparc": ("wmparc.mgz",),
+    "aseg": ("aseg.mgz",),
+    "synthseg": ("synthseg.mgz", "synthseg.rca.mgz"),  # as given by hand; as recon-all names it since 7.4
 }
-FREESURFER_FOLDERS = ("derivatives/freesurfer", "derivatives/fastsurfer", "derivatives/sourcedata/freesurfer")
+"""Source → names in ``mri/``, the preferred one first."""
 
 
-def find_labels(root: Path, subject: str, session: str) -> dict[str, Path]:
-    """Label files of one subject and session, by source; absolute paths.
+@dataclass(frozen=True)
+class Rule:
+    """Files of a BIDS derivative's ``anat`` folder, without ``.nii`` or ``.nii.gz``, that are maps of one source."""
 
-    FreeSurfer's sources are named by their file; ``derivatives/<tool>/sub-*/[ses-*/]anat/*_dseg.nii.gz`` is named by its tool. Of
-    FreeSurfer's maps the first that there is stands for the others (aparc+aseg holds aseg's ids), so that a scan carries its labels once; but
-    one with DKT's parcels is taken as well, which no other can stand for.
+    source: str
+    """{tool}: named by the derivative's folder; {desc}: by the file's entity of that name."""
+    name: str
+    tool: str = "*"
+    beside: tuple[str, ...] = ()
+    """Files that belong to it."""
+
+
+DERIVATIVE_RULES = (
+    Rule("aparc_aseg", "*_desc-aparcaseg_dseg"),  # fMRIPrep's and sMRIPrep's copies of FreeSurfer's maps, on the T1w's grid
+    Rule("aseg", "*_desc-aseg_dseg"),
+    Rule("{tool}_{desc}", "*_desc-*_dseg"),
+    Rule("{tool}", "*_dseg"),  # of fmriprep: tissues in BIDS's order, 1 grey, 2 white matter, 3 CSF, which is not FAST's
+    Rule("malp_em_tissue", "*_MALPEM_tissues"),
+    Rule("malp_em", "*_MALPEM"),
+    Rule("fsl_first", "*_firstseg", tool="fsl*"),  # run_first_all: <name>_all_fast_firstseg
+    Rule("fsl_first", "*_subcort_seg", tool="fsl*"),  # fsl_anat's copy of it
+    Rule("fsl_fast", "*_pveseg", tool="fsl*"),
+    Rule("fsl_fast", "*_seg", tool="fsl*"),
+    Rule("spm_tissue", "c1*", tool="spm*", beside=("c2*", "c3*")),  # probabilities, see data_registry/tissue_maps.py
+    Rule("spm_tissue", "*_label-GM_probseg", tool="spm*", beside=("*_label-WM_probseg", "*_label-CSF_probseg")),
+)
+"""The first that fits a file says what it is; of two files of one source the one whose rule stands first is taken."""
+LABEL_GLOBS = tuple(
+    f"{folder}/{subject}/mri/{name}"
+    for folder in FREESURFER_FOLDERS for subject in ("sub-*", "sub-*/ses-*") for names in FREESURFER_FILES.values() for name in names
+) + tuple(
+    f"derivatives/{rule.tool}/sub-*/{between}anat/{name}.{suffix}"
+    for rule in DERIVATIVE_RULES for name in (rule.name, *rule.beside) for between in ("", "ses-*/") for suffix in ("nii", "nii.gz")
+)  # fmt: skip
+"""All of it as patterns below a database, for who fetches or copies one."""
+
+_STAND_IN = ("aparc_aseg", "aparc_a2009s_aseg", "wmparc", "aseg")  # the first that there is holds what the others tell of
+_OWN_SPACE = ("T1w", "orig")
+
+
+def find_labels(root: Path, subject: str, session: str, *, scan: str = "") -> dict[str, Path]:
+    """Label files of one subject and session, by source; absolute paths where ``root`` is one.
+
+    ``scan``: the T1w's name without ``_T1w``; of maps that name an acquisition or a run, those of another are then left out, as are maps in
+    a standard space always. Of FreeSurfer's maps the first that there is stands for the others (aparc+aseg holds aseg's ids), so that a scan
+    carries its labels once; but one with DKT's parcels is taken as well, which no other can stand for.
     """
-    subject_name = f"sub-{subject}"
-    folders = [f"{subject_name}_ses-{session}", f"{subject_name}/ses-{session}", subject_name] if session else [subject_name]
-    found: dict[str, Path] = {}
-    for freesurfer in FREESURFER_FOLDERS:
-        candidates = ((source, root / freesurfer / folder / "mri" / name) for folder in folders for source, name in FREESURFER_FILES.items())
-        there = [(source, path) for source, path in candidates if path.is_file()]
-        found |= {} if found else dict(there[:1] + [item for item in there[1:] if item[0] == "aparc_dkt_aseg"])
+    found = _freesurfer(root, subject, session, scan)
     derivatives = root / "derivatives"
-    for tool in sorted(derivatives.iterdir()) if derivatives.is_dir() else ():
-        anat = tool / subject_name / f"ses-{session}" / "anat" if session else tool / subject_name / "anat"
-        for path in sorted(anat.glob(f"{subject_name}*_dseg.nii*"))[:1]:
-            found[tool.name] = path
-    return found
+    for tool in sorted(entry.name for entry in os.scandir(derivatives) if entry.is_dir()) if derivatives.is_dir() else ():
+        for source, path in _derivative(derivatives / tool, subject, session, scan):
+            found.setdefault(source, path)
+    spare = [source for source in _STAND_IN if source in found][1:]
+    return {source: path for source, path in found.items() if source not in spare}
+
+
+def freesurfer_names(subject: str, session: str, scan: str = "") -> tuple[str, ...]:
+    """Folders that may be a scan's in ``SUBJECTS_DIR``, the most particular first.
+
+    >>> freesurfer_names("01", "2", "sub-01_ses-2_run-1")
+    ('sub-01_ses-2_run-1', 'sub-01_ses-2', 'sub-01/ses-2', 'sub-01')
+    """
+    name = f"sub-{subject}"
+    folders = (f"{name}_ses-{session}", f"{name}/ses-{session}", name) if session else (name,)
+    return tuple(dict.fromkeys((scan, *folders) if scan else folders))
+
+
+def _freesurfer(root: Path, subject: str, session: str, scan: str) -> dict[str, Path]:
+    """The maps of the first subject folder that has any."""
+    for folder in FREESURFER_FOLDERS:
+        for name in freesurfer_names(subject, session, scan):
+            mri = root / folder / name / "mri"
+            there = {entry.name for entry in os.scandir(mri) if entry.is_file()} if mri.is_dir() else set()
+            found = {source: next((mri / name for name in names if name in there), None) for source, names in FREESURFER_FILES.items()}
+            if found := {source: path for source, path in found.items() if path}:
+                return found
+    return {}
+
+
+def _derivative(tool: Path, subject: str, session: str, scan: str) -> Iterator[tuple[str, Path]]:
+    """(source, file) of one tool, the preferred file of each source first."""
+    anat = tool / f"sub-{subject}" / (f"ses-{session}" if session else "") / "anat"
+    names = sorted(entry.name for entry in os.scandir(anat) if entry.is_file()) if anat.is_dir() else []
+    ranked = []
+    for name in names:
+        stem = name.removesuffix(".gz").removesuffix(".nii")
+        rank = next((i for i, rule in enumerate(DERIVATIVE_RULES) if fnmatchcase(tool.name, rule.tool) and fnmatchcase(stem, rule.name)), None)
+        if stem == name or rank is None or not _is_of(stem.removeprefix("c1"), subject, scan):
+            continue
+        source = DERIVATIVE_RULES[rank].source.format(tool=tool.name, desc=_entities(stem).get("desc", ""))
+        ranked.append((rank, name, source))
+    for _, name, source in sorted(ranked):
+        yield source, anat / name
+
+
+def _is_of(stem: str, subject: str, scan: str) -> bool:
+    """Whether a map is of the subject, in the T1w's own space, and not of another T1w than ``scan``.
+
+    >>> [_is_of(f"sub-01_{rest}_dseg", "01", "sub-01_run-1") for rest in ("desc-aseg", "run-1", "run-2", "space-MNI152NLin6Asym")]
+    [True, True, False, False]
+    """
+    entities, own = _entities(stem), _entities(scan)
+    if entities.get("sub") != subject or entities.get("space", "T1w") not in _OWN_SPACE:
+        return False
+    return not scan or all(own.get(key) == entities[key] for key in ("acq", "ce", "rec", "run") if key in entities)
+
+
+def _entities(stem: str) -> dict[str, str]:
+    return dict(part.split("-", 1) for part in stem.split("_") if "-" in part)

@@ -34,6 +34,11 @@ class Index(Section):
 
     roots: tuple[str, ...]
     """BIDS databases, or folders of BIDS databases; relative paths start at the folder of params.yaml."""
+    people: tuple[str, ...] = ()
+    """Tables (.tsv: database, subject, person) of who is known: one name, one person; other names, other people."""
+    labels: str | None = None
+    """A folder for label maps of databases that nobody may write to: what `python -m pipelines.label` makes goes to <labels>/<database>/derivatives,
+    and index looks there too. null: all label maps are the databases' own."""
 
 
 class Harmonise(Section):
@@ -52,6 +57,8 @@ class Harmonise(Section):
     """Protocols whose classes are stored beside the source ids, and their counts for each block, for the coarse stage."""
     class_protocols: Annotated[tuple[str, ...], LeftOutIf(())] = ()
     """Protocols whose classes alone are stored: quicker to read than source ids that must be looked up, and no counts of many classes."""
+    likeness: Annotated[bool, LeftOutIf(True)] = True
+    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.15 s a scan."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")
@@ -166,6 +173,9 @@ class Train(Section):
     precision: Literal["32", "bf16-mixed", "auto"] = "32"
     """auto: bf16-mixed where the processor computes in bf16 (twice as fast), else 32."""
     augmentation: Literal["none", "light", "strong", "paper"] = "light"
+    augment_on: Annotated[Literal["workers", "device", "auto"], LeftOutIf("workers")] = "workers"
+    """device: workers read and draw, the device that trains does what was drawn; a GPU's noise then is another draw. auto: device on a GPU, for
+    networks that are not trained on slices; else workers."""
     standardise: Annotated[Literal["none", "nyul"], LeftOutIf("none")] = "none"
     """nyul: intensities go to a standard scale, fitted on the fold's training scans alone, see data_registry/nyul.py."""
     network: dict = {}
@@ -242,7 +252,7 @@ class Resources(Section):
     ray_address: str | None = None
     """An existing Ray cluster, host:port; null starts one on this machine. That of a surrounding Ray job, or of RAY_ADDRESS, comes first."""
     task_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory that a task of harmonise declares to Ray, in 10⁹ bytes; null: as much as the grid's size asks for."""
+    """Memory that a task of harmonise or label declares to Ray, in 10⁹ bytes; null: as much as the grid's size, or the tool, asks for."""
     tries: Count = 3
     """Deaths of a worker on one scan before harmonise leaves the scan out."""
     threads: Count | None = None

@@ -21,7 +21,7 @@ def _column(name: str, kind: pa.DataType, meaning: str, unit: str = "") -> pa.Fi
 
 LABEL_FILE = pa.struct([
     _column("source", pa.string(), "what made the labels, e.g. aparc_aseg"),
-    _column("path", pa.string(), "file, relative to the database's root"),
+    _column("path", pa.string(), "file, relative to the database's root; absolute below index.labels"),
     _column("sha256", pa.string(), "of the file's bytes"),
 ])
 
@@ -74,6 +74,20 @@ SITES = pa.schema([
 
 VOLUMES = pa.list_(pa.struct([("class_name", pa.string()), ("ml", pa.float32())]))
 
+CONFLICTS = pa.schema([
+    _column("kind", pa.string(), "which kind of conflict, see pipelines/conflicts.py"),
+    _column("database", pa.string(), "as in scans"),
+    _column("site", pa.string(), "as in scans; null for the whole database"),
+    _column("subject", pa.string(), "as in scans; null if no single one is meant"),
+    _column("scan", pa.string(), "scan_id, of several scans the first; null if no scan is meant"),
+    _column("scans", pa.int32(), "how many scans the row speaks of; of an age or a sex, how many people at a session"),
+    _column("field", pa.string(), "the column of scans, or the name in the file, that it is about"),
+    _column("expected", pa.string(), "what the catalogue says, or what would be clear"),
+    _column("found", pa.string(), "what is written or there"),
+    _column("done", pa.string(), "what the index made of it"),
+    _column("file", pa.string(), "where it was found, relative to the database's root"),
+])
+
 SAMPLES = pa.schema([
     _column("scan_id", pa.string(), "as in scans"),
     _column("database", pa.string(), "as in scans"),
@@ -96,6 +110,8 @@ SAMPLES = pa.schema([
     _column("mean", pa.float64(), "of the T1w over the whole grid, padding included", "uint8 intensity"),
     _column("deviation", pa.float64(), "population standard deviation over the whole grid", "uint8 intensity"),
     _column("histogram", pa.list_(pa.int64()), "voxels of each uint8 intensity", "voxels"),
+    _column("voxels_sha256", pa.string(), "of the T1w's voxels on the grid, whatever file, header or place they came from"),
+    _column("likeness", pa.string(), "what describes the person, see data_registry/likeness.py: signed bytes in hex; null if no brain was found"),
     _column("label_volumes_ml", VOLUMES, "volume of each foreground class of the stored block protocol", "mL"),
 ])
 
@@ -133,7 +149,7 @@ SPLIT = pa.schema([
     _column("scan_id", pa.string(), "as in scans"),
     _column("role", pa.string(), "train, val, internal_test, external_test or excluded"),
     _column("group", pa.string(), "value of the split's key, e.g. the place"),
-    _column("person", pa.string(), "as in scans"),
+    _column("person", pa.string(), "as in scans, or a name shared with who turned out to be the same by voxels or likeness"),
     _column("reason", pa.string(), "why it is excluded; null for the other roles"),
 ])
 

@@ -50,6 +50,10 @@ class FolderStore:
         """See :func:`data_registry.shards.read_row`; ``sha256`` of the shard is what the other store finds it by."""
         return read_row(self.root / shard, row_group, columns, scan_id=scan_id)
 
+    def shards(self) -> list[str]:
+        """Names of all that stand there, complete or not."""
+        return sorted(str(path.relative_to(self.root)) for path in self.root.glob(SITE_FOLDERS) if path.suffix == ".parquet")
+
     def keep_only(self, shards: Collection[str]) -> None:
         """Remove other shards, and folders left empty."""
         for path in self.root.glob(SITE_FOLDERS):
@@ -112,13 +116,22 @@ class RemoteStore:
                 self.cache.drop(sha256)
                 fresh = True
 
+    def shards(self) -> list[str]:
+        """Names of all that stand there, complete or not."""
+        with self._asked() as (remote, root):
+            return sorted({str(shard).removesuffix(HASH_SUFFIX) for _, shard in self._files(remote, root)})
+
     def keep_only(self, shards: Collection[str]) -> None:
         """Remove other shards."""
         with self._asked() as (remote, root):
-            for path in remote.find(root):
-                shard = PurePosixPath(path).relative_to(PurePosixPath(root))
-                if shard.match(SITE_FOLDERS) and len(shard.parts) == 3 and str(shard).removesuffix(HASH_SUFFIX) not in shards:
+            for path, shard in self._files(remote, root):
+                if str(shard).removesuffix(HASH_SUFFIX) not in shards:
                     remote.rm_file(path)
+
+    def _files(self, remote: Any, root: str) -> list[tuple[str, PurePosixPath]]:
+        """Shards, and the hashes beside them: path, and that below the store."""
+        found = [(path, PurePosixPath(path).relative_to(PurePosixPath(root))) for path in remote.find(root)]
+        return [(path, shard) for path, shard in found if shard.match(SITE_FOLDERS) and len(shard.parts) == 3]
 
     @contextlib.contextmanager
     def _opened(self, shard: str) -> Iterator[BinaryIO]:

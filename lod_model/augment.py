@@ -10,24 +10,24 @@ gives the same batch, and nothing else that draws is disturbed.
 | strong | ±15°, ±20 %, more bending | everything of ``corrupt``: also motion, ghosting, spikes, inverted contrast |
 | paper | grid distortion | Svanera et al. 2024: an additive field and one of eight operations |
 
-The paper augments after the z-score, ours are intensities of 0…255, z-scored afterwards. Blur, noise, ghosts, resolution, slices, salt and
-pepper, and contrast about the mean commute with that; gamma does not (ours raises the picture scaled to 0…1 by its minimum and maximum),
-and a shift of the mean by the additive field is taken out again. The strength of that field is ours, as the paper names none.
+A preset draws first, see :class:`Variant`, and what it has drawn is then applied to tensors of any device: here, or later by
+``lod_model.deferred`` on the device that trains.
 """
 
-import functools
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from data_registry.protocol import IGNORED
-from lod_model.corrupt import along, bias_field, chance, corrupt, reproducible, resampling, uniform
-from lod_model.warp import distort, draw_pose, grid_distortion, warp
-
-Moved = tuple[torch.Tensor, torch.Tensor]
+from lod_model.corrupt import KSpace, Step, draw_bias, draw_corruption
+from lod_model.paper_augmentation import draw_additive_field, draw_one_of_eight
+from lod_model.randomness import chance, reproducible
+from lod_model.torchio_picture import draw_torchio_picture
+from lod_model.warp import Distortion, Pose, draw_pose, grid_distortion
 
 
 def sample_seed(seed: int, epoch: int, scan_id: str) -> int:
@@ -46,15 +46,74 @@ def augment(
     Voxels that the protocol leaves out stay so.
     Returns float32 intensities and the target moved along (classes by nearest neighbour, fractions linearly), in its own type.
     """
-    image = image.astype(np.float32)
-    if preset == "none":
-        return image, target
     with reproducible(seed):
-        if preset == "paper" and not chance(0.9):
-            return image, target
-        if chance(0.5):
+        flipped, variant = draw(image.shape, preset=preset, voxel_mm=voxel_mm)
+        if flipped:
             image, target = flip(image, target, mirrored)
-        return _render(np.ascontiguousarray(image), np.ascontiguousarray(target), PRESETS[preset], voxel_mm)
+        if not variant.changes:
+            return image.astype(np.float32), np.ascontiguousarray(target)
+        labels = target if target.ndim == 4 else target[None].astype(np.float32)
+        x, labels = variant(*(torch.from_numpy(np.ascontiguousarray(array)) for array in (image, labels)), fractions=target.ndim == 4)
+    return x.numpy(), labels.numpy() if target.ndim == 4 else labels[0].numpy().astype(target.dtype)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is drawn for one sample: what is done to the picture, how picture and labels are moved, what is done to the picture then."""
+
+    before: tuple[Step, ...] = ()
+    move: Pose | Distortion | None = None
+    after: tuple[Step, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.before or self.move or self.after)
+
+    @property
+    def anywhere(self) -> bool:
+        """Whether all of it can be done on any device."""
+        return not any(isinstance(step, KSpace) for step in self.before + self.after)
+
+    @torch.no_grad()
+    def __call__(self, image: torch.Tensor, labels: torch.Tensor, *, fractions: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Intensities of 0…255 (D, H, W) and labels on the same device, both in new tensors, in float32 whatever the precision around.
+
+        ``labels`` are (C, D, H, W) class ``fractions``, moved linearly, or else (P, D, H, W) maps of classes, moved by nearest neighbour. Of
+        fractions, all but the background's are moved: it is what they leave, so that what a warp brings in from outside is background. What is
+        in no class, voxels to be ignored, moves along as one class more. Random fields are made on the device: on another than a processor
+        they are other draws.
+        """
+        with _float32(image.device):
+            x, labels = image.float() / 255, labels.float()
+            for step in self.before:
+                x = step(x)
+            if self.move:
+                moving = torch.cat([labels[1:], 1 - labels.sum(0, keepdim=True)]) if fractions else labels
+                (x,), labels = self.move.moved((x[None], "linear"), (moving, "linear" if fractions else "nearest"))
+                labels = torch.cat([1 - labels.sum(0, keepdim=True), labels[:-1]]) if fractions else labels
+            for step in self.after:
+                x = step(x)
+            return x.contiguous().mul_(255), labels
+
+
+@contextlib.contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """No autocast, and products of all bits: a coordinate in bfloat16 is a voxel off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def draw(shape: tuple[int, ...], *, preset: str, voxel_mm: float) -> tuple[bool, Variant]:
+    """Whether a sample of that shape is flipped, and all else, from torch's current generator."""
+    if preset == "none" or (preset == "paper" and not chance(0.9)):
+        return False, Variant()
+    return chance(0.5), PRESETS[preset](tuple(shape), voxel_mm)
 
 
 def flip(image: np.ndarray, target: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,101 +130,21 @@ def flip(image: np.ndarray, target: np.ndarray, mirrored: np.ndarray) -> tuple[n
     return image[::-1], table[target[::-1]]
 
 
-def _render(image: np.ndarray, target: np.ndarray, steps: Callable, voxel_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Scaled to 0…1 and (C, D, H, W), through ``steps``, and back. Of fractions, all but the background's are moved: it is what they leave,
-    so that what a warp brings in from outside is background. What is in no class, voxels to be ignored, moves along as one class more."""
-    fractions, channels = target.ndim == 4, len(target)
-    if fractions and (left_out := 1 - target.sum(0, keepdims=True)).max() > 1e-3:
-        target = np.concatenate([target, left_out])
-    labels = torch.from_numpy(target[1:] if fractions else target[None].astype(np.float32))
-    x, labels = steps(torch.from_numpy(image / 255), labels, "linear" if fractions else "nearest", voxel_mm)
-    image = np.ascontiguousarray(x.numpy() * np.float32(255))
-    if not fractions:
-        return image, labels[0].numpy().astype(target.dtype)
-    return image, np.concatenate([1 - labels.sum(0, keepdim=True).numpy(), labels.numpy()])[:channels]
+def _light(shape: tuple[int, ...], voxel_mm: float) -> Variant:
+    pose = draw_pose(shape, degrees=10, scale=0.1, shift=0.06, bend=0.025, p_affine=0.8, p_bend=0.3)
+    bias = [draw_bias(limit=0.4, order=2)] if chance(0.5) else []
+    picture = draw_torchio_picture(log_gamma=0.4, p_gamma=0.7, thickness=(1.5, 3), p_thick=0.2, blur=0.7, p_blur=0.2, noise=0.05, p_noise=0.5)
+    return Variant(move=pose, after=(*bias, *picture))
 
 
-def _light(x: torch.Tensor, labels: torch.Tensor, kind: str, voxel_mm: float) -> Moved:
-    pose = draw_pose(x.shape, degrees=10, scale=0.1, shift=0.06, bend=0.025, p_affine=0.8, p_bend=0.3)
-    x, labels = warp(x[None], pose, mode="linear"), warp(labels, pose, mode=kind)
-    if chance(0.5):
-        x *= bias_field(tuple(x.shape[1:]), limit=0.4, order=2)
-    return _light_picture()(x)[0], labels
+def _strong(shape: tuple[int, ...], voxel_mm: float) -> Variant:
+    pose = draw_pose(shape, degrees=15, scale=0.2, shift=0.06, bend=0.035, p_affine=0.9, p_bend=0.5)
+    with reproducible(int(torch.randint(2**62, ()))):
+        return Variant(move=pose, after=tuple(draw_corruption(shape, strength=1.0, voxel_mm=voxel_mm)))
 
 
-@functools.cache
-def _light_picture():
-    import torchio as tio
-
-    return tio.Compose([
-        tio.RandomGamma(log_gamma=(-0.4, 0.4), p=0.7),
-        tio.RandomAnisotropy(downsampling=(1.5, 3), p=0.2),
-        tio.RandomBlur(std=(0, 0.7), p=0.2),
-        tio.RandomNoise(std=(0, 0.05), p=0.5),
-    ])
+def _paper(shape: tuple[int, ...], voxel_mm: float) -> Variant:
+    return Variant(before=(draw_additive_field(),), move=Distortion(grid_distortion(shape)), after=(draw_one_of_eight(),))
 
 
-def _strong(x: torch.Tensor, labels: torch.Tensor, kind: str, voxel_mm: float) -> Moved:
-    pose = draw_pose(x.shape, degrees=15, scale=0.2, shift=0.06, bend=0.035, p_affine=0.9, p_bend=0.5)
-    x, labels = warp(x[None], pose, mode="linear")[0], warp(labels, pose, mode=kind)
-    return torch.from_numpy(corrupt(x.numpy(), seed=int(torch.randint(2**62, ())), voxel_mm=voxel_mm)), labels
-
-
-def _paper(x: torch.Tensor, labels: torch.Tensor, kind: str, voxel_mm: float) -> Moved:
-    x = x + _additive_field(x)
-    came = grid_distortion(tuple(x.shape))
-    x, labels = distort(x[None], came, mode="linear")[0], distort(labels, came, mode=kind)
-    return PAPER_ONE_OF[int(torch.randint(len(PAPER_ONE_OF), ()))](x), labels
-
-
-def _additive_field(x: torch.Tensor) -> torch.Tensor:
-    """(D, H, W): a random polynomial of order 3, at most half the picture's deviation anywhere."""
-    field = bias_field(tuple(x.shape), limit=0.5).log_()
-    return field * (uniform(0, 0.5) * float(x.std(correction=0)) / max(float(field.abs().max()), 1e-6))
-
-
-def _box_blur(x: torch.Tensor) -> torch.Tensor:
-    return functional.avg_pool3d(x[None, None], 3, stride=1, padding=1, count_include_pad=False)[0, 0]
-
-
-def _salt_and_pepper(x: torch.Tensor) -> torch.Tensor:
-    draw = torch.rand(x.shape)
-    return torch.where(draw < 0.002, x.max(), torch.where(draw < 0.01, x.min(), x))
-
-
-def _gaussian(x: torch.Tensor) -> torch.Tensor:
-    return 0.8 * x + 0.2 * (torch.randn(x.shape) * x.std(correction=0) + x.mean())
-
-
-def _ghosts(x: torch.Tensor) -> torch.Tensor:
-    """1–4 copies, evenly shifted along one axis, weigh 0.15 together; TorchIO's ghosts come from k-space and have no such weight."""
-    copies, axis = int(torch.randint(1, 5, ())), int(torch.randint(3, ()))
-    shifts = [round(x.shape[axis] * i / (copies + 1)) for i in range(1, copies + 1)]
-    return 0.85 * x + 0.15 / copies * sum(torch.roll(x, shift, axis) for shift in shifts)
-
-
-def _downscale(x: torch.Tensor) -> torch.Tensor:
-    step = 1 / uniform(0.25, 0.75)
-    for axis in range(3):
-        matrix = resampling(x.shape[axis], slice_mm=step, width_mm=0, voxel_mm=1)
-        x = x if matrix is None else along(x, matrix, axis)
-    return x
-
-
-def _gamma(x: torch.Tensor) -> torch.Tensor:
-    low, span = x.min(), (x.max() - x.min()).clamp(min=1e-6)
-    return ((x - low) / span) ** uniform(0.5, 3) * span + low
-
-
-def _contrast(x: torch.Tensor) -> torch.Tensor:
-    return ((x - x.mean()) * uniform(0.5, 3) + x.mean()).clamp(x.min(), x.max())
-
-
-def _repeated_slices(x: torch.Tensor) -> torch.Tensor:
-    """LIA: axis 1 runs from top to bottom, so its slices are axial."""
-    every = int(torch.randint(2, 5, ()))
-    return x.index_select(1, torch.arange(x.shape[1]) // every * every)
-
-
-PAPER_ONE_OF = (_box_blur, _salt_and_pepper, _gaussian, _ghosts, _downscale, _gamma, _contrast, _repeated_slices)
-PRESETS: dict[str, Callable] = {"light": _light, "strong": _strong, "paper": _paper}
+PRESETS: dict[str, Callable[[tuple[int, ...], float], Variant]] = {"light": _light, "strong": _strong, "paper": _paper}

@@ -230,16 +230,31 @@ def export_weights(
 @weights_app.command("info")
 def weights_info(
     file: Annotated[Path, typer.Argument(help="Weights of any kind that `segment` takes.")],
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON; it is never anything else.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, with the whole configuration and provenance.")] = False,
+    as_bibtex: Annotated[bool, typer.Option("--bibtex", help="What to cite, as BibTeX, and nothing else.")] = False,
 ) -> None:
-    """Say what weights are: network, protocol, grid, hash, provenance. JSON."""
-    print(json.dumps(_facts(file), indent=2, default=str))
+    """Say what weights are, which databases trained and chose them, what to cite, and whether their licences let the weights be shared."""
+    from lod_model import lineage
+
+    if as_json and as_bibtex:
+        raise InputError("--json and --bibtex: one of the two is wanted")
+    facts = _facts(file)
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    elif as_bibtex:
+        print("\n".join(lineage.bibtex(facts["lineage"])))
+    else:
+        for name in ("name", "network", "protocol", "grid", "parameters", "hash", "path", "card"):
+            if facts[name] is not None:
+                print(f"{name}\t{_cell(facts[name])}")
+        print("\n".join(lineage.in_lines(facts["lineage"])))
 
 
 def _facts(path: Path) -> dict:
+    from lod_model import lineage
     from lod_model.segment import usable_weights
 
-    found = usable_weights(path)
+    found, card = usable_weights(path), path.with_suffix(".md")
     return {
         "name": path.stem,
         "network": found.name,
@@ -251,7 +266,9 @@ def _facts(path: Path) -> dict:
         "licence": found.provenance.get("licence"),
         "path": str(path),
         "config": found.network.config.to_dict(),
+        "card": str(card) if card.is_file() else None,
         "provenance": found.provenance,
+        "lineage": lineage.lineage(found.provenance),
     }
 
 

@@ -18,11 +18,13 @@ from data_registry import nyul
 from data_registry import protocol as protocols
 from data_registry.errors import InputError
 from data_registry.intensity import ROBUST, Preparation, moments
+from data_registry.ledgers import withdrawn
 from data_registry.params import Resources
 from data_registry.schema import read_table, table_metadata
 from data_registry.shard_store import ShardStore, open_store
 from data_registry.shards import block_counts, classes_of, pooled
 from lod_model.augment import augment, sample_seed
+from lod_model.deferred import KEY, Deferred, drawn
 
 COARSE_FACTOR = 4
 TABLES = Path("tables")
@@ -48,6 +50,8 @@ class Scan:
     """(256,) voxels of each intensity, as stored."""
     table: np.ndarray | None = field(default=None, compare=False, repr=False)
     """(256,) uint8, never decreasing: what stored intensities become on read; null: they stay."""
+    person: str = ""
+    """As the split has it; empty if it is not known."""
 
     def t1w(self, factor: int = 1) -> np.ndarray:
         """(D/f, H/f, W/f) uint8, max-pooled by ``factor``; a table that never decreases gives the same before and after pooling."""
@@ -96,21 +100,26 @@ class Scan:
 
 
 def all_folds(resources: Resources = Resources()) -> dict[int, dict[str, list[Scan]]]:  # noqa: B008 (frozen)
-    """fold → role → scans by scan_id, from the tables below the current folder and the shards that ``resources`` name."""
-    store = open_store(resources)
+    """fold → role → scans by scan_id, from the tables below the current folder and the shards that ``resources`` name.
+
+    A frozen split may name scans that were withdrawn since; they are passed over, and all others keep their roles.
+    """
+    store, gone = open_store(resources), withdrawn()
     places = {row["scan_id"]: row["place"] for row in read_table(TABLES / "scans.parquet", "scans").select(["scan_id", "place"]).to_pylist()}
     samples = {row["scan_id"]: row for row in read_table(TABLES / "samples.parquet", "samples").to_pylist() if row["status"] == "ok"}
     histograms = {scan_id: np.array(row["histogram"]) for scan_id, row in samples.items()}
     folds: dict[int, dict[str, list[Scan]]] = {}
     for row in sorted(read_table(TABLES / "split.parquet", "split").to_pylist(), key=lambda row: (row["fold"], row["scan_id"])):
         sample = samples.get(row["scan_id"])
+        if gone.has_scan(row["scan_id"]):
+            continue
         if sample is None:
             raise InputError(f"{TABLES / 'split.parquet'}: {row['scan_id']} is not in {TABLES / 'samples.parquet'}; run `python -m pipelines.split`")
         scan = Scan(
             scan_id=row["scan_id"], database=sample["database"], site=sample["site"], place=places[row["scan_id"]],
             store=store, shard=sample["shard"], shard_sha256=sample["shard_sha256"], row_group=sample["row_group"],
             mean=sample["mean"], deviation=sample["deviation"], voxel_mm=sample["voxel_mm"], label_sources=tuple(sample["label_sources"]),
-            histogram=histograms[row["scan_id"]],
+            histogram=histograms[row["scan_id"]], person=row["person"],
         )  # fmt: skip
         folds.setdefault(row["fold"], {}).setdefault(row["role"], []).append(scan)
     return folds
@@ -131,14 +140,15 @@ class SampleDataset(Dataset):
 
     ``augmented`` before: what the coarse level sees is made from the full grid, augmented, then pooled and counted; without augmentation
     that is what stands in the coarse columns. ``windows``: the target of the fine level is cut to a window, its first voxel ``window``.
+    ``deferred``: image and target as they are read, and what :func:`lod_model.deferred.finished` is to make of them; collated by that module.
     """
 
     def __init__(
         self, scans: list[Scan], *, level: Literal["coarse", "fine"], protocol: str, augmentation: str = "none", seed: int = 0,
-        augmented: Literal["after", "before"] = "after", windows: "Windows | None" = None,
+        augmented: Literal["after", "before"] = "after", windows: "Windows | None" = None, deferred: bool = False,
     ) -> None:  # fmt: skip
         self.scans, self.level, self.augmentation, self.seed = scans, level, augmentation, seed
-        self.augmented, self.windows = augmented, windows
+        self.augmented, self.windows, self.deferred = augmented, windows, deferred
         self.protocol = protocols.load(protocol)
 
     def __len__(self) -> int:
@@ -153,18 +163,29 @@ class SampleDataset(Dataset):
         target = scan.fractions(self.protocol, factor) if factor > 1 else scan.classes(self.protocol)
         seed = sample_seed(self.seed, epoch, scan.scan_id)
         mirrored, voxel_mm = self.protocol.mirrored(), scan.voxel_mm * factor
+        windows = self.windows if self.windows and epoch < self.windows.until else None
+        if self.deferred:
+            image, (target,), variant, moments_before = drawn(raw, [target], [mirrored], preset=self.augmentation, seed=seed, voxel_mm=voxel_mm)
+            plan = Deferred(
+                variant, raw.shape, ("target",), scan.mean, scan.deviation, raw=moments_before,
+                pooling=(COARSE_FACTOR, self.protocol.classes) if pooling else None, window=windows and (windows, seed, scan.scan_id),
+            )  # fmt: skip
+            return {"image": _tensor(image)[None], "target": _tensor(target), KEY: plan}
         image, target = augment(raw, target, preset=self.augmentation, seed=seed, mirrored=mirrored, voxel_mm=voxel_mm)
         image = scan.zscored(image, raw)
         if pooling:
             image = pooled(image, COARSE_FACTOR)
             target = block_counts(target, COARSE_FACTOR, self.protocol.classes).astype(np.float32) / COARSE_FACTOR**3
-        sample = {"image": torch.from_numpy(np.ascontiguousarray(image))[None]}
-        if self.windows and epoch < self.windows.until:
-            first = self.windows.first(target, seed, where=scan.scan_id)
-            target = target[tuple(slice(start, start + self.windows.side) for start in first)]
+        sample = {"image": _tensor(image)[None]}
+        if windows:
+            first = windows.first(target, seed, where=scan.scan_id)
+            target = target[tuple(slice(start, start + windows.side) for start in first)]
             sample["window"] = torch.from_numpy(first)
-        target = target if self.level == "coarse" else target.astype(np.int64)
-        return sample | {"target": torch.from_numpy(np.ascontiguousarray(target))}
+        return sample | {"target": _tensor(target if self.level == "coarse" else target.astype(np.int64))}
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 @dataclass(frozen=True)
@@ -185,10 +206,17 @@ class Windows:
         >>> Windows(side=2, step=2).first(classes, 0, where="sub-01").tolist()
         [2, 0, 2]
         """
-        if self.side > min(classes.shape):
-            sides = " × ".join(map(str, classes.shape))
-            raise InputError(f"train.fine_patch is {self.side}: {where} has {sides} voxels; null or at most {min(classes.shape)} is wanted")
-        labelled = pooled(classes > 0, self.step)
+        self.check(classes.shape, where=where)
+        return self.place(pooled(classes > 0, self.step), seed)
+
+    def check(self, shape: tuple[int, ...], *, where: str) -> None:
+        """InputError for a window that is larger than the image."""
+        if self.side > min(shape):
+            sides = " × ".join(map(str, shape))
+            raise InputError(f"train.fine_patch is {self.side}: {where} has {sides} voxels; null or at most {min(shape)} is wanted")
+
+    def place(self, labelled: np.ndarray, seed: int) -> np.ndarray:
+        """As :meth:`first`, of blocks of ``step`` voxels that hold a labelled one."""
         for axis in range(3):
             labelled = np.lib.stride_tricks.sliding_window_view(labelled, self.side // self.step, axis=axis).any(-1)
         places = np.argwhere(labelled if labelled.any() else ~labelled)

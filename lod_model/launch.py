@@ -1,4 +1,4 @@
-"""Stages as jobs of SLURM: which tasks, by which command, with which settings of ``resources.slurm``; :mod:`lod_model.slurm` does the rest."""
+"""Stages as jobs of SLURM: which tasks, by which command, with which settings of ``resources.slurm``; :mod:`data_registry.slurm` does the rest."""
 
 import argparse
 import logging
@@ -7,10 +7,10 @@ import shlex
 import sys
 import time
 
+from data_registry import slurm
 from data_registry.errors import InputError, run_stage
 from data_registry.params import Params, load_params
-from lod_model import slurm
-from lod_model.slurm import Place, Task
+from data_registry.slurm import Place, Task
 from lod_model.tracking import LOCAL_FOLDER, sync
 
 log = logging.getLogger("lodbrain.slurm")

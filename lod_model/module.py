@@ -14,6 +14,7 @@ from lod_model import processes
 from lod_model.augment import sample_seed
 from lod_model.cross_entropy import protocols_cross_entropy
 from lod_model.data import COARSE_FACTOR
+from lod_model.deferred import finished
 from lod_model.fastsurfer_loss import combined_loss
 from lod_model.losses import block_dice_loss, dice_loss
 from lod_model.networks.competitive import VIEWS
@@ -56,6 +57,10 @@ class StageModule(LightningModule):
         """(loss, mean soft Dice) of a batch of validation samples."""
         loss = self.loss(batch)
         return loss, 1 - loss
+
+    def on_after_batch_transfer(self, batch: dict, _loader: int) -> dict[str, Tensor]:
+        """What workers have left to the device is done there."""
+        return finished(batch)
 
     def weight(self, batch: dict[str, Tensor], part: Part) -> float | Tensor:
         """What this process's loss counts in the mean over all that DDP takes, so that it is the loss of the whole part."""

@@ -19,7 +19,8 @@ from data_registry.conform import conform, labels_to_grid
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.label_sources import find_labels
-from data_registry.volume import Volume, load_image, load_labels
+from data_registry.tissue_maps import load_label_map
+from data_registry.volume import Volume, load_image
 from lod_model import metrics
 from lod_model import postprocess as cleaning
 from lod_model.predict import output_protocol, with_engine
@@ -60,7 +61,7 @@ def labelled_scans(database: Path, weights: Weights) -> list[tuple[Path, Path]]:
     found = []
     for scan in scans:
         parts = dict(part.split("-", 1) for part in scan.name.split("_") if "-" in part)
-        labels = find_labels(database, parts.get("sub", ""), parts.get("ses", ""))
+        labels = find_labels(database, parts.get("sub", ""), parts.get("ses", ""), scan=scan.name.split(".")[0].removesuffix("_T1w"))
         source = next((source for source in protocols.load(weights.protocols[0]).sources if source in labels), None)
         if source:
             found.append((scan, labels[source]))
@@ -74,7 +75,7 @@ def labelled_scans(database: Path, weights: Weights) -> list[tuple[Path, Path]]:
 def dice_at_1mm(scan: Path, labels: Path, weights: Weights, *, postprocess: str = "components") -> np.ndarray:
     """Dice of each foreground class, (classes − 1,)."""
     protocol, conformed = protocols.load(output_protocol(weights.protocols[0])), conform(load_image(scan), grid="1mm")
-    truth = protocol.classes_of(labels_to_grid(load_labels(labels), conformed.placement), where=str(labels))
+    truth = protocol.classes_of(labels_to_grid(load_label_map(labels), conformed.placement), where=str(labels))
     predicted, _, _ = classes_of(Volume(conformed.data, conformed.placement.affine, scan), weights=weights, postprocess=postprocess)
     return metrics.dice(truth, predicted, protocol.classes)
 

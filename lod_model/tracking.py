@@ -4,6 +4,7 @@ A run is found again by its unique tag, so a stage that is run twice, requeued o
 not answer, what is logged goes to a file of this job, and from there to the server once it is back; no training waits for it or dies of it.
 
     python -m lod_model.tracking sync --from mlflow/ --to http://127.0.0.1:5000
+    python -m lod_model.tracking runs --in http://127.0.0.1:5000 --data-hash 9f86d081…
 """
 
 import argparse
@@ -11,6 +12,7 @@ import atexit
 import contextlib
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import threading
@@ -34,15 +36,41 @@ LAST_TRIES_S = 20.0
 
 
 def main() -> None:
-    """Merge the runs of SQLite files, as offline jobs write them, into a server or another SQLite file; twice changes nothing."""
+    """MLflow's runs: merge those of SQLite files into one store; find those of some data."""
     parser = argparse.ArgumentParser(prog="python -m lod_model.tracking", description=main.__doc__)
-    sync_parser = parser.add_subparsers(required=True, metavar="sync").add_parser("sync", description=main.__doc__, help=main.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="sync|runs", dest="command")
+    sync_parser = commands.add_parser("sync", description=sync.__doc__, help="merge SQLite files, as offline jobs write them, into a store")
     sync_parser.add_argument(
         "--from", dest="sources", nargs="+", type=Path, default=[LOCAL_FOLDER], metavar="FILE-or-FOLDER", help="SQLite files, or folders of them"
     )
     sync_parser.add_argument("--to", required=True, metavar="URI", help="http://host:port, or sqlite:///mlflow/mlflow.db")
+    runs_parser = commands.add_parser("runs", description=runs.__doc__, help="find the runs that were made of some data, and what deletes them")
+    runs_parser.add_argument("--in", dest="uri", required=True, metavar="URI", help="http://host:port, or sqlite:///mlflow/mlflow.db")
+    runs_parser.add_argument("--data-hash", nargs="+", required=True, help="as the tag data_hash, and the provenance of weights, have it")
     arguments = parser.parse_args()
-    sync(arguments.sources, arguments.to)
+    if arguments.command == "sync":
+        sync(arguments.sources, arguments.to)
+    else:
+        runs(arguments.uri, arguments.data_hash)
+
+
+def runs(uri: str, data_hashes: Iterable[str]) -> None:
+    """A line on stdout for each run that was made of this data: where, how many files, and the commands that delete it for good."""
+    if (file := sqlite_file(uri)) and not file.is_file():
+        raise InputError(f"{file}: no such file; a file of MLflow runs is wanted")
+    store = _opened(uri)
+    uri, behind = (store.uri, store.uri) if store.file else (store.name, "URI of the database behind it")
+    purge = f"mlflow gc --tracking-uri {shlex.quote(uri)} --backend-store-uri {shlex.quote(behind)} --run-ids"
+    try:
+        for data_hash in data_hashes:
+            for experiment, run in store.tagged("data_hash", data_hash):
+                number, there = len(store.uploaded(run.info.run_id)), run.info.run_id
+                delete = f"MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow runs delete --run-id {there} && "
+                gone = run.info.lifecycle_stage != "active"
+                about = f"{experiment}/{run.info.run_name}{' (deleted, its files stand)' * gone}, {number} files"
+                print(f"{about}: {delete * (not gone)}{purge} {there}", flush=True)
+    except StoreError as error:
+        raise InputError(f"{store.name}: {error}; a store that answers is wanted") from None
 
 
 def sync(sources: Iterable[Path], uri: str) -> None:

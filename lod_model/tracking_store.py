@@ -103,6 +103,20 @@ class Store:
         return min(found, key=lambda run: (run.info.lifecycle_stage != "active", run.info.start_time, run.info.run_id), default=None)
 
     @_in_a_line
+    def tagged(self, name: str, value: str) -> list[tuple[str, object]]:
+        """(experiment, run) of all with this tag; deleted ones too, whose files are there until `mlflow gc`."""
+        from mlflow.entities import ViewType
+
+        found = []
+        for experiment in self._client.search_experiments(view_type=ViewType.ALL):
+            token = None
+            while token is None or token:
+                asked = [experiment.experiment_id], f"tags.`{name}` = '{value}'", ViewType.ALL
+                page = self._client.search_runs(*asked, max_results=1000, page_token=token)
+                found, token = found + [(experiment.name, run) for run in page], page.token or ""
+        return found
+
+    @_in_a_line
     def make(self, experiment: str, key: str, *, name: str, tags: Mapping[str, str], start: int | None = None):
         """A new run, or the one that another job has made meanwhile. ``tags`` of a child name its parent in this store."""
         made = self._client.create_run(self._experiment(experiment), start, {**tags, KEY_TAG: key}, name)

@@ -26,6 +26,7 @@ from data_registry.schema import table_metadata
 from lod_model import checkpoints, preempt, processes, readers
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.fit import Account, fit
+from lod_model.provenance import databases_seen, write_seen
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
@@ -166,9 +167,10 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     provenance = {
         "run": params.run_name(network), "fold": fold, "seed": params.train.seed, "fingerprint": identity, "batch_factor": factor,
         "trained_on": sorted({f"{scan.database}.{scan.site}" for scan in roles["train"]}), "train_scans": len(roles["train"]),
+        "data": tracking_tags() | {"databases": processes.from_first(lambda: databases_seen(roles))},
     }  # fmt: skip
     about = {"name": network, "protocol": weights.joined(learned), "grid": params.harmonise.grid, "preparation": prepared, "provenance": provenance}
-    processes.from_first(lambda: _finish(folder, net.eval(), about, stages, account))
+    processes.from_first(lambda: _finish(folder, net.eval(), about, stages, roles, account))
     summary = ", ".join(f"{level} {stage['epochs']} epochs, val Dice {stage['val_dice']:.3f}" for level, stage in stages.items())
     log.info("%s fold %d: %s, %.0f s", params.run_name(network), fold, summary, time.perf_counter() - begin)
 
@@ -194,10 +196,11 @@ def _finished_stage(done: Path, net) -> dict | None:
     return kept["record"]
 
 
-def _finish(folder: Path, net, about: dict, stages: dict[str, dict], account: Account) -> None:
+def _finish(folder: Path, net, about: dict, stages: dict[str, dict], roles: dict[str, list[Scan]], account: Account) -> None:
     """Write what is left of a fold that is trained."""
     from lod_model import weights
 
+    write_seen(folder, roles)
     weights.save(folder / "weights.pt", net, **about)
     account.tracker.metrics(account.run, {f"{level}_val_dice": stage["val_dice"] for level, stage in stages.items()})
     account.tracker.finish(account.run)
@@ -240,6 +243,7 @@ def _grown(network: str, level: str, previous, params: Params):
 def _check_fits(name: str, net, params: Params) -> None:
     """That the network has what the settings ask for; InputError names the setting."""
     from lod_model import networks
+    from lod_model.feeding import augments_on_device
 
     settings = params.train
     for key, value in settings.network.items():
@@ -247,6 +251,7 @@ def _check_fits(name: str, net, params: Params) -> None:
             raise InputError(f"train.network.{key}: no such network; a setting, or settings below one of {', '.join(networks.names())}, is wanted")
     if settings.recipe not in ("shared", "own") and not networks.is_known(settings.recipe):
         raise InputError(f"train.recipe: {settings.recipe!r} is none; shared, own or one of {', '.join(networks.names())} is wanted")
+    augments_on_device(name, networks.recipe_of(name, settings.recipe), settings)
     if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
         raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
     _check_computes(settings)

@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lod_model.corrupt import along, chance
+from lod_model.corrupt import along
+from lod_model.randomness import chance
 
 SLAB_VOXELS = 2**19  # of the output a pass: the map of a whole 256³ volume would take 200 MB
+DEVICE_SLAB_VOXELS = 2**22  # beside a processor: fewer and larger pieces, of at most 150 MB
+Moving = tuple[torch.Tensor, str]
+"""A volume (C, D, H, W) float32, and how it is sampled: linear or nearest."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,33 @@ class Pose:
     matrix: torch.Tensor
     shift: torch.Tensor
     control: torch.Tensor | None = None
+
+    def moved(self, *volumes: Moving) -> list[torch.Tensor]:
+        """All of them by one map, which is made once; on their own device, and what comes from outside is 0."""
+        shape, device = tuple(volumes[0][0].shape[1:]), volumes[0][0].device
+        outs = [torch.zeros_like(volume) for volume, _ in volumes]
+        boxes = [_box_of_a_sparse(volume) for volume, _ in volumes]
+        splines = None if self.control is None else [_spline(n, self.control.shape[-1]).to(device, non_blocking=True) for n in shape]
+        slab = max(1, (SLAB_VOXELS if device.type == "cpu" else DEVICE_SLAB_VOXELS) // (shape[1] * shape[2]))
+        for start in range(0, shape[0], slab):
+            part = slice(start, start + slab)
+            grid = self._came_from(shape, part, splines, device)  # (slab, H, W, 3)
+            for (volume, mode), box, out in zip(volumes, boxes, outs, strict=True):
+                _sampled(volume, grid, "bilinear" if mode == "linear" else "nearest", box, out[:, part])
+        return outs
+
+    def _came_from(self, shape: tuple[int, ...], part: slice, splines: list[torch.Tensor] | None, device: torch.device) -> torch.Tensor:
+        """(slab, H, W, 3): for the output slices ``part``, where they come from, as grid_sample wants it: (w, h, d) in −1…1 from edge to edge."""
+        d, h, w = (torch.arange(n, dtype=torch.float32, device=device) - (n - 1) / 2 for n in shape)
+        grid = torch.empty((len(d[part]), *shape[1:], 3), device=device)
+        control = None if self.control is None else self.control.to(device, non_blocking=True)
+        for axis in range(3):
+            a, b, c = self.matrix[axis].tolist()
+            came = (a * d[part, None, None] + float(self.shift[axis])) + b * h[:, None] + c * w  # (slab, H, W)
+            if control is not None:
+                came += along(along(along(control[axis], splines[0][part], 0), splines[1], 1), splines[2], 2)
+            torch.mul(came, 2 / shape[axis], out=grid[..., 2 - axis])
+        return grid
 
 
 def draw_pose(shape: tuple[int, ...], *, degrees: float, scale: float, shift: float, bend: float, p_affine: float, p_bend: float) -> Pose:
@@ -52,41 +83,31 @@ def warp(volume: torch.Tensor, pose: Pose, *, mode: str) -> torch.Tensor:
     >>> warp(block, turned, mode="nearest")[0].tolist() == block[0].flip(0, 1).tolist()
     True
     """
-    shape = tuple(volume.shape[1:])
-    out = torch.zeros_like(volume)
+    return pose.moved((volume, mode))[0]
+
+
+def _sampled(volume: torch.Tensor, grid: torch.Tensor, mode: str, box: tuple[torch.Tensor, torch.Tensor] | None, out: torch.Tensor) -> None:
+    """Into ``out`` (C, slab, H, W), a part of a volume of zeros: with a ``box``, only what comes from inside it."""
+    if box is None:
+        out[...] = functional.grid_sample(volume[None], grid[None], mode=mode, padding_mode="zeros", align_corners=False)[0]
+        return
+    low, high = box
+    grid = grid.reshape(-1, 3)
+    inside = torch.ones(len(grid), dtype=torch.bool)
+    for axis in range(3):  # axis by axis: three times faster than .all(1)
+        came = grid[:, 2 - axis]
+        inside &= (came > low[axis]) & (came < high[axis])
+    inside = inside.nonzero()[:, 0]
+    values = functional.grid_sample(volume[None], grid[inside][None, None, None], mode=mode, padding_mode="zeros", align_corners=False)
+    out.flatten(1)[:, inside] = values[0, :, 0, 0]  # a view: the slices of a channel are contiguous
+
+
+def _box_of_a_sparse(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Of a volume, on a processor, that fills less than half of its grid, as labels do; elsewhere to look for it would take longer."""
+    if volume.device.type != "cpu":
+        return None
     low, high = _filled_box(volume)
-    sparse = float((high - low).clamp(min=0).prod()) < 0.5 * volume[0].numel()  # labels: most of the grid maps to nothing
-    mode = "bilinear" if mode == "linear" else "nearest"
-    slab = max(1, SLAB_VOXELS // (shape[1] * shape[2]))
-    for start in range(0, shape[0], slab):
-        part = slice(start, start + slab)
-        grid = _came_from(pose, shape, part)  # (slab, H, W, 3)
-        if not sparse:
-            out[:, part] = functional.grid_sample(volume[None], grid[None], mode=mode, padding_mode="zeros", align_corners=False)[0]
-            continue
-        grid = grid.reshape(-1, 3)
-        inside = torch.ones(len(grid), dtype=torch.bool)
-        for axis in range(3):  # axis by axis: three times faster than .all(1)
-            came = grid[:, 2 - axis]
-            inside &= (came > low[axis]) & (came < high[axis])
-        inside = inside.nonzero()[:, 0]
-        values = functional.grid_sample(volume[None], grid[inside][None, None, None], mode=mode, padding_mode="zeros", align_corners=False)
-        out[:, part].flatten(1)[:, inside] = values[0, :, 0, 0]  # a view: the slices of a channel are contiguous
-    return out
-
-
-def _came_from(pose: Pose, shape: tuple[int, ...], part: slice) -> torch.Tensor:
-    """(slab, H, W, 3): for the output slices ``part``, where they come from, as grid_sample wants it: (w, h, d) in −1…1 from edge to edge."""
-    d, h, w = (torch.arange(n, dtype=torch.float32) - (n - 1) / 2 for n in shape)
-    grid = torch.empty((len(d[part]), *shape[1:], 3))
-    splines = None if pose.control is None else [_spline(n, pose.control.shape[-1]) for n in shape]
-    for axis in range(3):
-        a, b, c = pose.matrix[axis].tolist()
-        came = (a * d[part, None, None] + float(pose.shift[axis])) + b * h[:, None] + c * w  # (slab, H, W)
-        if splines is not None:
-            came += along(along(along(pose.control[axis], splines[0][part], 0), splines[1], 1), splines[2], 2)
-        torch.mul(came, 2 / shape[axis], out=grid[..., 2 - axis])
-    return grid
+    return (low, high) if float((high - low).clamp(min=0).prod()) < 0.5 * volume[0].numel() else None
 
 
 def _filled_box(volume: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,8 +146,21 @@ def distort(volume: torch.Tensor, coordinates: list[torch.Tensor], *, mode: str)
         n = volume.shape[1 + axis]
         if mode == "nearest":
             index = came.round().long()
-            volume = volume.index_select(1 + axis, index.clamp(0, n - 1))
-            volume.index_fill_(1 + axis, torch.nonzero(index > n - 1).flatten(), 0)
+            volume = volume.index_select(1 + axis, index.clamp(0, n - 1).to(volume.device, non_blocking=True))
+            outside = torch.nonzero(index > n - 1).flatten()  # looked for on the host
+            volume.index_fill_(1 + axis, outside.to(volume.device, non_blocking=True), 0)
         else:
-            volume = along(volume, (1 - (came[:, None] - torch.arange(n)).abs()).clamp(min=0), axis)
+            came = came.to(volume.device, non_blocking=True)
+            volume = along(volume, (1 - (came[:, None] - torch.arange(n, device=volume.device)).abs()).clamp(min=0), axis)
     return volume
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """The coordinates of :func:`grid_distortion`."""
+
+    coordinates: list[torch.Tensor]
+
+    def moved(self, *volumes: Moving) -> list[torch.Tensor]:
+        """As :meth:`Pose.moved`."""
+        return [distort(volume, self.coordinates, mode=mode) for volume, mode in volumes]

@@ -17,7 +17,7 @@ from pathlib import Path
 from data_registry.catalogue import Database
 from data_registry.errors import InputError
 from data_registry.files import replacing
-from data_registry.label_sources import FREESURFER_FILES, FREESURFER_FOLDERS
+from data_registry.label_sources import LABEL_GLOBS
 from pipelines.fetch_routes import Entry, Route, safe
 
 ABOUT = ("participants.tsv", "participants.json", "dataset_description.json", "README*", "LICENSE*", "LICENCE*", "CHANGES*")
@@ -27,9 +27,6 @@ IMAGES = tuple(
     for between in ("", "ses-*/")
     for name in ("*_T1w.json", "anat/sub-*_T1w.json", "anat/sub-*_T1w.nii", "anat/sub-*_T1w.nii.gz")
 )
-LABELS = tuple(
-    f"{folder}/{subject}/mri/{name}" for folder in FREESURFER_FOLDERS for subject in ("sub-*", "sub-*/ses-*") for name in FREESURFER_FILES.values()
-) + tuple(f"derivatives/*/sub-*/{between}anat/sub-*_dseg.{suffix}" for between in ("", "ses-*/") for suffix in ("nii", "nii.gz"))
 SITE_TABLES = "sourcedata"
 
 
@@ -130,7 +127,7 @@ def find_files(route: Route, parts: list[Part], chosen: list[list[str]], pool: E
         top = [entry for entry in part.top if not entry.is_folder]
         about = [entry for entry in top if _fits(_name(entry), ABOUT)]
         inherited = [entry for entry in top if _fits(_name(entry), INHERITED)]
-        own = [File(entry, _below(part, entry)) for entry in _walk(route, part, IMAGES + LABELS * labels, frozenset(subjects), pool)]
+        own = [File(entry, _below(part, entry)) for entry in _walk(route, part, IMAGES + LABEL_GLOBS * labels, frozenset(subjects), pool)]
         if part.folder:
             files += [File(entry, f"{SITE_TABLES}/{entry.path}") for entry in about]
             imaged = sorted({file.path.split("/")[0] for file in own if file.path.startswith("sub-")})

@@ -6,17 +6,14 @@ import getpass
 import os
 import re
 import shlex
-from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from data_registry.catalogue import Database, catalogue
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
+from data_registry.ledgers import LICENCES, WITHDRAWN, read_rows, withdrawn
 
-LICENCES = Path("licences.tsv")
 LICENCE_COLUMNS = ("date", "user", "database", "licence", "route")
-WITHDRAWN = Path("withdrawn.tsv")
 UNKNOWN = "unknown"
 """What one accepts where no document states the licence."""
 
@@ -66,7 +63,7 @@ def accept(database: Database, accepted: str | None, *, address: str) -> None:
     key = {"database": database.name, "licence": licence}
     if accepted is not None and accepted != licence:
         raise InputError(f"--accept-licence {accepted!r}: of {database.name}, {words}; read it, then {option} is wanted")
-    if any(row | key == row for row in _table(LICENCES, key)):
+    if key in read_rows(LICENCES, tuple(key)):
         return
     if accepted is None:
         raise InputError(f"{database.name}: {words}; read it, then {option} is wanted, once in a project")
@@ -82,27 +79,12 @@ def accept(database: Database, accepted: str | None, *, address: str) -> None:
 
 def withdrawn_subjects(database: Database) -> frozenset[str]:
     """Subjects, without ``sub-``, that ``withdrawn.tsv`` of the project names; if it names the whole database, an :class:`InputError`."""
-    rows = [row for row in _table(WITHDRAWN, ("database", "subject")) if row["database"] == database.name]
-    for row in rows:
-        if not row["subject"]:
-            why = f" ({', '.join(filter(None, (row.get('date'), row.get('reason'))))})"
+    stones = [stone for stone in withdrawn(WITHDRAWN).tombstones if stone.database == database.name]
+    for stone in stones:
+        if not stone.subject:
+            why = f" ({', '.join(filter(None, (stone.date, stone.reason)))})"
             raise InputError(f"{database.name} is withdrawn from this project, says {WITHDRAWN}{why}; it is not fetched")
-    return frozenset(row["subject"].removeprefix("sub-") for row in rows)
-
-
-def _table(path: Path, columns: Iterable[str]) -> list[dict]:
-    """Rows of a TSV of the project that must have these columns; none if there is no such file."""
-    if not path.is_file():
-        return []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter="\t")
-            if not set(columns) <= set(reader.fieldnames or ()):
-                came = ", ".join(reader.fieldnames or ()) or "none"
-                raise InputError(f"{path}: columns {came}; {', '.join(columns)}, with tabs between, are wanted")
-            return [row | {column: row[column] or "" for column in columns} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
+    return frozenset(stone.subject for stone in stones)
 
 
 def _user() -> str:

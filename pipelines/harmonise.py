@@ -14,6 +14,7 @@ cluster, or as a job, whose own folder is a copy of the code: hence ``--project`
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -28,10 +29,14 @@ import numpy as np
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
 from data_registry.intensity import ROBUST, Preparation, moments, prepare
+from data_registry.label_fit import check_fit
+from data_registry.ledgers import withdrawn
+from data_registry.likeness import describe
 from data_registry.params import Harmonise, Resources, fingerprint, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore, ShardStore, open_store
-from data_registry.volume import load_image, load_labels
+from data_registry.tissue_maps import load_label_map
+from data_registry.volume import load_image
 from pipelines.attempts import JOURNALS, Attempts, clean
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.parallel import Death, run_bounded
@@ -40,7 +45,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 3
+RECIPE_VERSION = 4
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -58,7 +63,9 @@ def main() -> None:
 def harmonise() -> None:
     """The stage, in the current folder."""
     params = load_params()
-    scans = [row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None]
+    gone = withdrawn()  # index leaves these out; a table from before, as `dvc checkout` brings back, has them
+    rows = read_table(SCANS_TABLE, "scans").to_pylist()
+    scans = [row for row in rows if row["reason"] is None and not gone.has(row["database"], row["subject"])]
     databases = find_databases([Path(root) for root in params.index.roots])
     plan = plan_shards(scans, params.harmonise)
     store = open_store(params.resources)
@@ -144,7 +151,7 @@ def task_bytes(scans: list[dict], settings: Harmonise) -> int:
     levels = sum(factor**-3 for factor in shards.FACTORS)
     classes = len(settings.stored_protocols) + sum(protocol.load(name).classes * (levels - 1) for name in settings.block_protocols)
     stored = levels + 2 * max(len(scan["labels"]) for scan in scans) + classes
-    return int(0.25e9 + 17 * 320**3 + side**3 * (10 + stored))
+    return int(0.4e9 + 17 * 320**3 + side**3 * (10 + stored))
 
 
 def make_shard(
@@ -160,7 +167,7 @@ def make_shard(
     samples: list[dict] = []
     metadata = {"recipe": item["recipe"], "samples": samples}
     rows = _rows(item, roots, settings, journal, left_out or {}, samples)
-    store.write(item["shard"], rows, metadata=metadata, columns=_columns(item["scans"], settings))
+    store.write(item["shard"], rows, metadata=metadata, columns=shard_columns(item["scans"], settings))
     return sum(sample["status"] != "ok" for sample in samples)
 
 
@@ -188,7 +195,7 @@ def _rows(item: dict, roots: dict[str, str], settings: Harmonise, journal: str, 
     Path(journal).write_text("", encoding="utf-8")
 
 
-def _columns(scans: list[dict], settings: Harmonise) -> list[str]:
+def shard_columns(scans: list[dict], settings: Harmonise) -> list[str]:
     """All that the rows of a shard may have; a scan without a label map has none in its columns."""
     sources = {label["source"] for scan in scans for label in scan["labels"]}
     stored = [name for name in settings.stored_protocols if sources & set(protocol.load(name).sources)]
@@ -211,13 +218,15 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     needed = {source for name in settings.stored_protocols for source in protocol.load(name).sources}
     for label in scan["labels"]:
         try:
-            labels = load_labels(root / label["path"])
-            arrays[f"{label['source']}_x1"] = conform.labels_to_grid(labels, placement, method=settings.labels)
+            labels = load_label_map(root / label["path"])
+            on_grid = conform.labels_to_grid(labels, placement, method=settings.labels)
+            check_fit(labels, t1w, placement)
         except InputError as error:
             if label["source"] in needed:
                 raise
             warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
             continue
+        arrays[f"{label['source']}_x1"] = on_grid
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]
         if edge := conform.coarser_than_grid_mm(labels, placement):
             coarse_mm.append(edge)
@@ -250,7 +259,10 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "deviation": deviation,
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
+        "voxels_sha256": hashlib.sha256(t1w).hexdigest(),
     }
+    if settings.likeness and (described := describe(t1w, placement.voxel_mm)) is not None:
+        sample["likeness"] = described.tobytes().hex()
     if coarse_mm:
         sample["label_voxel_mm"] = max(coarse_mm)
     return arrays, sample

@@ -1,5 +1,8 @@
 """Stage *index*: BIDS databases → ``tables/scans.parquet``, a row a T1w: who, where, which scanner, which files, which bytes.
 
+What is read against the catalogue (:mod:`pipelines.reconcile`) stands in ``tables/conflicts.html`` and ``.tsv``, also of a run that stops for
+want of a single usable scan.
+
 Always runs and is cheap: hashes are cached by path, size and time, and the table is what every later stage depends on, so DVC never
 hashes the raw data. A scan that cannot be used keeps its row, with the reason; what makes a whole database unusable stops the run.
 """
@@ -18,12 +21,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from data_registry.catalogue import NAME_PATTERN, Database, canonical_manufacturer, find_database
+from data_registry.catalogue import NAME_PATTERN, Database, find_database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
-from data_registry.params import load_params
+from data_registry.ledgers import WITHDRAWN, Withdrawn, withdrawn
+from data_registry.params import Index, load_params
+from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
+from pipelines.conflicts import write_conflicts
+from pipelines.reconcile import Reconciliation
 
 log = logging.getLogger("lodbrain.index")
 HASH_CACHE = Path("cache/hashes.parquet")
@@ -33,29 +40,64 @@ SCANS_TABLE = Path("tables/scans.parquet")
 def main() -> None:
     """Index the roots of ``params.yaml`` in the current folder."""
     params = load_params()
-    rows = index([Path(root) for root in params.index.roots])
+    people = [Path(table) for table in params.index.people]
+    checks: list[Reconciliation] = []
+    try:
+        rows = index([Path(root) for root in params.index.roots], labels=labels_folder(params.index), people=people, checks=checks)
+    finally:
+        if checks and checks[-1].rows is not None:
+            log.info(write_conflicts(checks))
     write_table(SCANS_TABLE, "scans", rows)
     usable = sum(row["reason"] is None for row in rows)
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
 
 
-def index(roots: list[Path]) -> list[dict]:
-    """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``.
+def labels_folder(settings: Index) -> Path | None:
+    """``index.labels``, absolute."""
+    return Path(settings.labels).absolute() if settings.labels else None
+
+
+def index(
+    roots: list[Path], *, labels: Path | None = None, people: list[Path] | None = None, checks: list[Reconciliation] | None = None
+) -> list[dict]:
+    """Rows of the scans table for all databases below ``roots``, sorted by ``scan_id``; ``checks`` is filled, one a database.
+
+    ``labels`` holds label maps by database, ``people`` are tables of who is known.
 
     Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
     column that a database lacks.
     """
     databases = find_databases(roots)
-    rows = [row for name, root in databases.items() for row in index_database(find_database(name), root)]
+    checks = [] if checks is None else checks
+    rows = _not_withdrawn(databases, labels, checks)
     _tell_apart(rows)
     _hash_files(rows, databases)
     _judge_same_content(rows)
+    name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
+    by_database = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row["scan_id"]):
+        by_database[row["database"]].append(row)
+    for check in checks:
+        check.finish(by_database[check.database.name])
     for row in rows:
         if row["reason"]:
             log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
     if not any(row["reason"] is None for row in rows):
         raise InputError(f"{', '.join(map(str, roots))}: none of the {len(rows)} scans can be used; the reasons stand above")
     return sorted(rows, key=lambda row: row["scan_id"])
+
+
+def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> list[dict]:
+    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict."""
+    gone, rows, before = withdrawn(), [], len(checks)
+    left_out = [name for name in databases if gone.has(name)]
+    for name, root in databases.items():
+        if name not in left_out:
+            rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None, gone=gone)
+    if left_out or any(check.withdrawn for check in checks[before:]):
+        log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
+                 f" ({', '.join(left_out)})" * bool(left_out), sum(check.withdrawn for check in checks[before:]))  # fmt: skip
+    return rows
 
 
 def find_databases(roots: list[Path]) -> dict[str, Path]:
@@ -81,8 +123,10 @@ def _is_database(path: Path) -> bool:
     return (path / "dataset_description.json").is_file() or any(path.glob("sub-*"))
 
 
-def index_database(database: Database, root: Path) -> list[dict]:
-    """Rows of one database, without hashes."""
+def index_database(
+    database: Database, root: Path, checks: list[Reconciliation], *, labels: Path | None = None, gone: Withdrawn = Withdrawn()  # noqa: B008
+) -> list[dict]:
+    """Rows of one database, without hashes; conflicts are added to ``checks``; ``labels``: a second root of its label maps; ``gone``: who is."""
     import bids2table  # 0.1 s, and its schema files: not for --help
 
     files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
@@ -91,31 +135,43 @@ def index_database(database: Database, root: Path) -> list[dict]:
     if not database.known:
         log.info("%s is not in the catalogue: taken as one site, named after it", database.name)
     people = _Participants(root, database)
+    there = [entry for entry in files if not gone.has(database.name, entry["sub"])]
+    known = {subject: rows for subject, rows in people.rows.items() if not gone.has(database.name, subject)}
+    check = Reconciliation(database, root, people.header, known, withdrawn=len(files) - len(there))
+    checks.append(check)
     rows, given = [], set()
-    for entry in sorted(files, key=lambda entry: entry["path"]):
-        subject, session = entry["sub"], entry["ses"] or ""
+    for entry in sorted(there, key=lambda entry: entry["path"]):
+        subject, session, name = entry["sub"], entry["ses"] or "", scan_name(entry["path"])
         sidecar, reason = _sidecar(root / entry["path"])
         site, site_reason = people.site(subject, sidecar)
         place = database.sites.get(site)
         row = {
-            "scan_id": f"{database.name}_{Path(entry['path']).name.split('.')[0].removesuffix('_T1w')}",
+            "scan_id": f"{database.name}_{name}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
-            "subject": subject, "session": session, "person": f"{database.name}/{subject}", **people.facts(subject),
-            "manufacturer": canonical_manufacturer(_text(sidecar.get("Manufacturer"))) or (place.manufacturer if place else None),
-            "model": _text(sidecar.get("ManufacturersModelName")) or (place.model if place else None),
-            "field_strength_tesla": _number(sidecar.get("MagneticFieldStrength")) or (place.field_strength_tesla if place else None),
+            "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": people.family(subject),
             "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
             "reason": site_reason or reason,
         }  # fmt: skip
-        for source, file in find_labels(root, subject, session).items():
-            if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
-                log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file.relative_to(root))
-                continue
-            given.add(file)
-            row["labels"].append({"source": source, "path": str(file.relative_to(root)), "sha256": None})
+        row |= check.facts(row, sidecar)
+        for base in (root, labels) if labels else (root,):
+            for source, file in find_labels(base, subject, session, scan=name).items():
+                if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
+                    log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file)
+                elif source not in {label["source"] for label in row["labels"]}:
+                    given.add(file)
+                    row["labels"].append({"source": source, "path": str(file.relative_to(base) if base is root else file), "sha256": None})
         rows.append(row)
     return rows
+
+
+def scan_name(path: str) -> str:
+    """What a T1w is called without its suffixes.
+
+    >>> scan_name("sub-01/ses-2/anat/sub-01_ses-2_run-1_T1w.nii.gz")
+    'sub-01_ses-2_run-1'
+    """
+    return Path(path).name.split(".")[0].removesuffix("_T1w")
 
 
 class _Participants:
@@ -123,21 +179,21 @@ class _Participants:
 
     def __init__(self, root: Path, database: Database) -> None:
         self.database, self.path, self.rows = database, root / "participants.tsv", defaultdict(list)
-        header: list[str] = []
+        self.header: list[str] = []
         if self.path.is_file():
             try:
                 with open(self.path, encoding="utf-8-sig", newline="") as handle:
                     reader = csv.DictReader(handle, delimiter="\t")
-                    header = list(reader.fieldnames or [])
+                    self.header = list(reader.fieldnames or [])
                     for row in reader:
                         self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
             except (OSError, UnicodeError, csv.Error) as error:
                 raise InputError(f"{self.path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
         column = database.site_rule.participants
-        if column and column not in header:
+        if column and column not in self.header:
             raise InputError(
                 f"{self.path}: database {database.name} takes its sites from column {column!r}, "
-                f"{'which is missing; it has ' + ', '.join(header) if header else 'but there is no such file'}"
+                f"{'which is missing; it has ' + ', '.join(self.header) if self.header else 'but there is no such file'}"
             )
 
     def site(self, subject: str, sidecar: dict) -> tuple[str, str | None]:
@@ -161,17 +217,11 @@ class _Participants:
             return values[0], f"site {values[0]!r} from {where} is not in the catalogue; one of {', '.join(self.database.sites)} is wanted"
         return values[0], None
 
-    def facts(self, subject: str) -> dict:
-        """Age in years, F or M, and family where a first row states them plainly, else null."""
+    def family(self, subject: str) -> str | None:
+        """What relatives share, where a first row states it, else null."""
         row = {key.lower(): value for key, value in (self.rows.get(subject) or [{}])[0].items() if key}
-        sex = (row.get("sex") or row.get("gender") or "").strip().upper()[:1]
         family = (row.get((self.database.family_column or "").lower()) or "").strip()
-        known = family not in ("", "n/a")
-        return {
-            "age_years": _number(row.get("age")),
-            "sex": sex if sex in ("F", "M") else None,
-            "family": f"{self.database.name}/{family}" if known else None,
-        }
+        return f"{self.database.name}/{family}" if family not in ("", "n/a") else None
 
 
 def _sidecar(path: Path) -> tuple[dict, str | None]:
@@ -185,17 +235,6 @@ def _sidecar(path: Path) -> tuple[dict, str | None]:
         return load_bids_metadata(path), None
     except (OSError, ValueError) as error:
         return {}, f"{sidecar}: not valid JSON ({error}); a sidecar or none is wanted"
-
-
-def _text(value: object) -> str | None:
-    return str(value).strip() or None if value is not None else None
-
-
-def _number(value: object) -> float | None:
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
 
 
 def _tell_apart(rows: list[dict]) -> None:
@@ -222,6 +261,8 @@ def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
         file = (databases[row["database"]] / path).resolve()
         try:
             status = file.stat()
+            if not status.st_size:  # all empty files have the same bytes
+                return None, f"{databases[row['database']] / path}: an empty file; a volume is wanted"
             key = (str(file), status.st_size, status.st_mtime_ns)
             return key, known.get(key) or sha256(file)
         except OSError as error:
@@ -252,19 +293,11 @@ def _judge_same_content(rows: list[dict]) -> None:
         count = Counter(row["database"] for row in same)
         for row in same:
             if count[row["database"]] > 1:
-                others = ", ".join(other["scan_id"] for other in same if other is not row)
+                others = ", ".join([other["scan_id"] for other in same[:4] if other is not row][:3]) + (" …" if len(same) > 4 else "")
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
             log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            _merge_people(rows, {row["person"] for row in same})
-
-
-def _merge_people(rows: list[dict], people: set[str]) -> None:
-    """Give all scans of these people one name, also those whose bytes nobody else has."""
-    name = min(people)
-    for row in rows:
-        if row["person"] in people:
-            row["person"] = name
+            merge_people(rows, [{row["person"] for row in same}])
 
 
 if __name__ == "__main__":

@@ -39,23 +39,24 @@ def run_bounded(
     again: Callable[[int, Death], tuple | None],
     workers: int,
     address: str | None,
+    cpus: int = 1,
 ) -> Iterator[tuple[int, Any]]:
     """Yield ``(index, result)`` of ``function(*item)`` as they finish; a result is the exception if the function raised it.
 
-    ``memory``: bytes that each item's task declares, so that no node is given more than it holds. When a task dies, ``again(index,
-    death)`` says with which item to go on (None: not at all, the result is the exception); after a worker's death its task declares
-    twice the memory, up to the largest node's, so that no neighbour's appetite kills it twice. A death counts as the worker's only if
-    all nodes outlive it. A task may run more than once, even at the same time (a node thought dead): it must write aside and rename.
+    ``memory``: bytes that each item's task declares, so that no node is given more than it holds; ``cpus``: cores, likewise. When a task
+    dies, ``again(index, death)`` says with which item to go on (None: not at all, the result is the exception); after a worker's death its
+    task declares twice the memory, up to the largest node's, so that no neighbour's appetite kills it twice. A death counts as the worker's
+    only if all nodes outlive it. A task may run more than once, even at the same time (a node thought dead): it must write aside and rename.
 
     The cluster is that of a surrounding Ray job (or of RAY_ADDRESS), else the one at ``address``, else ``workers`` CPUs of this machine.
     """
     import ray
 
     with _cluster(ray, workers=workers, address=address):
-        remote = ray.remote(num_cpus=1, max_retries=0)(function)
+        remote = ray.remote(num_cpus=cpus, max_retries=0)(function)
         waiting = deque(_Task(index, item, size) for index, (item, size) in enumerate(zip(items, memory, strict=True)))
         running, dead = {}, []
-        _refuse_what_fits_nowhere(max(memory, default=0), _nodes(ray))
+        _refuse_what_fits_nowhere(max(memory, default=0), cpus, _nodes(ray))
         while waiting or running or dead:
             nodes = _nodes(ray)
             while waiting and len(running) < IN_FLIGHT_PER_CPU * max(1, sum(cpus for cpus, _ in nodes.values())):
@@ -109,7 +110,9 @@ def _largest(nodes: dict[str, tuple[int, int]]) -> int:
     return max((memory for cpus, memory in nodes.values() if cpus), default=0)
 
 
-def _refuse_what_fits_nowhere(memory: int, nodes: dict[str, tuple[int, int]]) -> None:
+def _refuse_what_fits_nowhere(memory: int, cpus: int, nodes: dict[str, tuple[int, int]]) -> None:
+    if 0 < (most := max((number for number, _ in nodes.values()), default=0)) < cpus:
+        raise InputError(f"a task needs {cpus} CPUs and the largest node offers {most}; fewer threads, or more (resources.workers), are wanted")
     if 0 < (largest := _largest(nodes)) < memory:
         raise InputError(
             f"a task needs {memory / 1e9:.2f} GB and the largest node offers {largest / 1e9:.2f}; "

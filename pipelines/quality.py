@@ -16,6 +16,7 @@ import numpy as np
 from data_registry import protocol
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
+from data_registry.ledgers import Withdrawn, withdrawn
 from data_registry.params import Resources, fingerprint, load_params
 from data_registry.quality import CLASSES, measure
 from data_registry.quality_rules import beside_site, judge, suspicion
@@ -40,10 +41,11 @@ FEW = 64
 def main() -> None:
     """Look at all harmonised scans of the current folder."""
     params = load_params()
-    rows = read_table(SAMPLES_TABLE, "samples").to_pylist()
+    gone = withdrawn()
+    rows = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if not gone.has_scan(row["scan_id"])]
     samples, left_out = [row for row in rows if row["status"] == "ok"], [row for row in rows if row["status"] != "ok"]
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
-    left_out += [row for row in scans.values() if row["reason"] is not None]
+    left_out += [row for row in scans.values() if row["reason"] is not None and not gone.has_scan(row["scan_id"])]
     preparation = json.loads(table_metadata(SAMPLES_TABLE).get("preparation", "{}"))
     items = plan_looks(samples, untouched=preparation.get("intensity", "robust") == "robust")
     FOUND.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,16 @@ def main() -> None:
     number = {verdict: sum(row["verdict"] == verdict for row in table) for verdict in ("pass", "review", "fail")}
     log.info("%s: %d scans, %s", QUALITY_TABLE, len(table), ", ".join(f"{count} {verdict}" for verdict, count in number.items()))
     print(f"quality: {PAGES / 'quality.html'}")
+
+
+def forget(gone: Withdrawn) -> int:
+    """Delete what is kept of shards that held who is withdrawn; how many files."""
+    number = 0
+    for path in sorted(FOUND.glob("*.json")):
+        if any(gone.has_scan(one["scan_id"]) for one in json.loads(path.read_text(encoding="utf-8"))):
+            path.unlink()
+            number += 1
+    return number
 
 
 def plan_looks(samples: list[dict], *, untouched: bool) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Stage *split*: the frozen table fold × scan → role, its hash and its leakage proof."""
+"""Stage *split*: the frozen table fold × scan → role, its hash and its leakage proof; before it, who is who by voxels and likeness."""
 
 import json
 import logging
@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 from data_registry import protocol, split
+from data_registry.catalogue import find_database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.params import load_params
 from data_registry.schema import read_table, write_table
 from pipelines.harmonise import SAMPLES_TABLE
 from pipelines.index import SCANS_TABLE
+from pipelines.people import PEOPLE_TABLE, find_people, write_findings
 from pipelines.quality import QUALITY_TABLE
 
 log = logging.getLogger("lodbrain.split")
@@ -35,11 +37,14 @@ def main() -> None:
         raise InputError(f"{QUALITY_TABLE}: the verdict on all {len(failed)} labelled scans is fail; a scan is wanted (or split.quality: report)")
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
+    findings, people = find_people(usable, labelled, {row["database"]: find_database(row["database"]) for row in usable})
     rows, notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
     general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     general += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
+    if people["review"]:
+        general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and are not kept apart; somebody's look is wanted")
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
@@ -58,8 +63,10 @@ def main() -> None:
             for fold in range(folds)
         ],
         "proof": proof,
+        "people": people,
         "notes": general,
     }
+    write_findings(findings)
     write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
     with replacing(SPLIT_PROOF) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

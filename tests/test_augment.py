@@ -7,8 +7,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_registry.protocol import IGNORED
 from lod_model import corrupt as corruption
-from lod_model.augment import PAPER_ONE_OF, PRESETS, augment, flip, sample_seed
-from lod_model.corrupt import bias_field, corrupt, reproducible, resampling
+from lod_model.augment import PRESETS, Variant, augment, flip, sample_seed
+from lod_model.corrupt import bias_field, corrupt, resampling
+from lod_model.paper_augmentation import DRAWS
+from lod_model.randomness import reproducible
 from lod_model.warp import Pose, distort, draw_pose, grid_distortion, warp
 
 MIRRORED = np.array([0, 2, 1, 3])  # 1 and 2: left and right of one structure
@@ -79,8 +81,9 @@ def test_a_constant_picture_survives(preset, value):
     image = np.full((20, 18, 24), value, np.uint8)
     for seed in range(16):
         assert np.isfinite(run(preset, image, np.zeros_like(image), seed)[0]).all()
-    for operation in PAPER_ONE_OF:
-        assert torch.isfinite(operation(torch.from_numpy(image / np.float32(255)))).all(), operation.__name__
+    for draw in DRAWS:
+        step = draw()
+        assert torch.isfinite(step(torch.from_numpy(image / np.float32(255)))).all(), step
     for seed in range(30):
         assert np.isfinite(corrupt(image / np.float32(255), seed=seed, voxel_mm=1.0)).all()
 
@@ -88,7 +91,7 @@ def test_a_constant_picture_survives(preset, value):
 @pytest.mark.parametrize("preset", ["light", "strong", "paper"])
 def test_left_stays_left_whatever_is_flipped(preset, monkeypatch):
     """The left block lies where axis 0 is small; flipped and renamed, class 1 must still be the one there, and half the samples flip."""
-    monkeypatch.setitem(PRESETS, preset, lambda x, labels, kind, voxel_mm: (x, labels))
+    monkeypatch.setitem(PRESETS, preset, lambda shape, voxel_mm: Variant())
     image, classes = head()
     flips = 0
     for seed in range(40):

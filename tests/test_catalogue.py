@@ -23,9 +23,10 @@ CORPUS = [database for database in catalogue().values() if database.corpus]
 WHOLE = {
     "name": "whole", "title": "every field filled", "corpus": False, "used_by": ["NeuroNet"], "countries": ["Italy", "Malta"], "licence": "CC0",
     "access": "open", "route": "a shop", "redistribute": {"images": True, "labels": True, "weights": False}, "state": "available",
-    "citation": "A 2020", "doi": "10.1000/x",
+    "citation": "A 2020", "doi": "10.1000/x", "sex_codes": {"1": "M", "2": "F"},
     "labels": {"source": "FreeSurfer", "version": "7.1"}, "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
     "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40}, "sexes": {"F": 1, "M": 2}, "site_rule": {"prefix": "(A)"},
+    "same_people": [{"database": "ixi"}],
     "sites": {"A": {
         "place": "P", "country": "Malta", "scanner": "s", "manufacturer": "GE", "model": "M", "field_strength_tesla": 1.5,
         "voxel_mm": [1.0, 1.0, 1.2], "subjects": 3, "scans": 4,
@@ -221,9 +222,9 @@ def is_right(path, value) -> bool:
     """May this value stand in the field? (Said here anew: a text anywhere where text is free, no number where it is not, and so on.)"""
     name = path[-1] if path[0] not in UNNAMED or len(path) != 2 else path[0] + ".*"
     if value == {}:
-        return name in ("documents", "sources", "lod_brain", "redistribute", "age_years", "sexes")
+        return name in ("documents", "sources", "lod_brain", "redistribute", "age_years", "sexes", "sex_codes")
     if value == []:
-        return name in ("used_by", "countries", "unverified") or (name == "sites" and path[0] == "lod_brain")
+        return name in ("used_by", "countries", "unverified", "same_people") or (name == "sites" and path[0] == "lod_brain")
     if isinstance(value, bool):
         return name in ("corpus", "known", "defaced", "images", "labels", "weights") and path != ("labels",)
     if isinstance(value, str) and value:

@@ -1,7 +1,9 @@
 """The recipes of the images, without building them: what they install is the lock's, what they are based on is named, nobody is root."""
 
+import ast
 import importlib.metadata
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,21 @@ def test_the_lock_is_of_the_python_of_the_segment_image():
     assert "python:3.11." in (FOLDER / "segment.Dockerfile").read_text() and PYTHON["python_version"] == "3.11"
     install = (FOLDER / "install_segment.sh").read_text()
     assert re.search(r"pip==([\d.]+)", install)[1] == re.search(r"pip==([\d.]+)", (CHECKOUT / "infra/install.sh").read_text())[1]
+
+
+def test_segment_installs_what_its_commands_import():
+    """Outside the standard library, at the top of modules that ``segment`` and ``weights`` load."""
+    named = re.search(r"^# Of: (.*)$", (FOLDER / "segment-requirements.txt").read_text(), re.MULTILINE)[1].casefold().split()
+    modules, todo, found = set(), ["lod_model.cli", "lod_model.segment", "lod_model.lineage"], set()
+    while todo:
+        if (module := todo.pop()) not in modules and (path := CHECKOUT / (module.replace(".", "/") + ".py")).is_file():
+            modules.add(module)
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ImportFrom):
+                    todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+                elif isinstance(node, ast.Import):
+                    todo += [alias.name for alias in node.names]
+        elif module.split(".")[0] not in ("lod_model", "data_registry"):
+            found.add(module.split(".")[0])
+    others = {name.casefold() for name in found - set(sys.stdlib_module_names)}
+    assert {"yaml" if name == "pyyaml" else name for name in named} >= others >= {"torch", "numpy", "yaml"}

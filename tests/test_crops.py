@@ -17,7 +17,7 @@ SIDED = ("synthseg33", "fastsurfer95")
 @pytest.fixture
 def only_flips(monkeypatch):
     """Preset light without anything but the flip."""
-    monkeypatch.setitem(augmentation.PRESETS, "light", lambda x, labels, kind, voxel_mm: (x, labels))
+    monkeypatch.setitem(augmentation.PRESETS, "light", lambda shape, voxel_mm: augmentation.Variant())
 
 
 def picture(shape: tuple[int, ...] = SHAPE, seed: int = 0) -> np.ndarray:

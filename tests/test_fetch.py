@@ -22,11 +22,12 @@ import pytest
 from loopback_http import CuttingProxy, folder_server
 from loopback_s3 import BUCKET, s3_server
 
-from data_registry.catalogue import Database, Site, SiteRule, catalogue
+from data_registry.catalogue import Database, Site, SiteRule, find_database
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
 from pipelines import fetch_routes, fetch_terms
+from pipelines import index as indexing
 from pipelines.fetch import Choice, Network, fetch
 from pipelines.fetch_choice import find_files, find_parts
 from pipelines.fetch_routes import Changed, open_route
@@ -47,8 +48,15 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(fetch_routes, "CHUNK_BYTES", 2**16)
     monkeypatch.setattr(fetch_routes, "BACKOFF_S", 0.01)
-    monkeypatch.setitem(catalogue(), NAME, database())
+    known(monkeypatch)
     return folder
+
+
+def known(monkeypatch, **fields) -> None:
+    """The catalogue has the database, as these fields say."""
+    found = database(**fields)
+    for user in (fetching, indexing):
+        monkeypatch.setattr(user, "find_database", lambda name: found if name == NAME else find_database(name))
 
 
 def database(**fields) -> Database:
@@ -153,7 +161,7 @@ def test_a_bucket_gives_what_is_wanted_and_nothing_else_once(bucket, capsys):
     assert len(Path("data/small/fetched.tsv").read_text().splitlines()) == len(WANTED) + 3
 
     found = [set(find_labels(Path("data/small"), *scan)) for scan in (("01", ""), ("02", ""), ("03", "1"))]
-    assert found == [{"aparc_aseg"}, {"hand"}, {"aseg"}]
+    assert found == [{"aparc_aseg"}, {"hand_a"}, {"aseg"}]
 
 
 def test_a_cut_connection_is_one_line_and_the_same_command_goes_on(bucket):
@@ -311,11 +319,11 @@ def test_sites_and_subjects_are_chosen_before_anything_comes(mirror, monkeypatch
         subjects(sites=["Elm"])
     with pytest.raises(InputError, match="--subject 09: is not among the 3 at"):
         subjects(subjects=["sub-09"])
-    monkeypatch.setitem(catalogue(), NAME, database(site_rule=SiteRule(sidecar="StationName")))
+    known(monkeypatch, site_rule=SiteRule(sidecar="StationName"))
     with pytest.raises(InputError, match="tells a site from 'StationName' of the sidecar"):
         subjects(sites=["Oak"])
     (mirror / "participants.tsv").unlink()
-    monkeypatch.setitem(catalogue(), NAME, database())
+    known(monkeypatch)
     with pytest.raises(InputError, match="--site: small takes its sites from column 'site' of participants.tsv, which is not at"):
         subjects(sites=["Oak"])
 
@@ -394,7 +402,7 @@ def test_ctrl_c_leaves_nothing_half_written(mirror, project):
 
 
 def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
-    monkeypatch.setitem(catalogue(), NAME, database(licence="OASIS terms"))
+    known(monkeypatch, licence="OASIS terms")
     with pytest.raises(InputError, match="^small: its licence is 'OASIS terms'; read it, then --accept-licence 'OASIS terms' is wanted, once"):
         fetch(NAME, route=str(mirror))
     with pytest.raises(InputError, match="^--accept-licence 'oasis terms': of small, its licence is 'OASIS terms'"):
@@ -407,7 +415,7 @@ def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
     fetch(NAME, route=str(mirror))
     fetch(NAME, route=str(mirror), accepted="OASIS terms")
     assert fetch_terms.LICENCES.read_text() == accepted
-    monkeypatch.setitem(catalogue(), NAME, database(licence="OASIS terms of 2030"))  # other terms
+    known(monkeypatch, licence="OASIS terms of 2030")  # other terms
     with pytest.raises(InputError, match="OASIS terms of 2030"):
         fetch(NAME, route=str(mirror))
 
@@ -417,7 +425,7 @@ def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
     ({"unverified": ["licence"]}, "not verified: 'CC0' stands in the catalogue, and no document confirms it; read it, then .* unknown is"),
 ])  # fmt: skip
 def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkeypatch, fields, said):
-    monkeypatch.setitem(catalogue(), NAME, database(**fields))
+    known(monkeypatch, **fields)
     with pytest.raises(InputError, match=said):
         get(mirror)
     assert fetch(NAME, route=str(mirror), accepted="unknown") == {}
@@ -431,13 +439,13 @@ def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkey
     ({"route": "OpenNeuro ds003097, ds002785"}, "small is 2 databases; --route with one of s3://openneuro.org/ds003097, s3://openneuro.org/ds002785"),
 ])  # fmt: skip
 def test_where_one_must_go_first_is_said(monkeypatch, fields, said):
-    monkeypatch.setitem(catalogue(), NAME, database(**fields))
+    known(monkeypatch, **fields)
     with pytest.raises(InputError, match=said):
         fetch(NAME, accepted="CC0")
 
 
 def test_routes_of_the_catalogue():
-    assert fetch_terms.address_of(catalogue()["la5c"], None) == "s3://openneuro.org/ds000030"
+    assert fetch_terms.address_of(find_database("la5c"), None) == "s3://openneuro.org/ds000030"
     assert fetch_terms.address_of(database(route="s3://b/x"), None) == "s3://b/x"
     for name, said in (("no_such_database", "no such database"), ("../x", "letters, digits")):
         with pytest.raises(InputError, match=said):
@@ -446,7 +454,7 @@ def test_routes_of_the_catalogue():
 
 @pytest.mark.parametrize("state", ["withdrawn", "embargoed"])
 def test_a_database_that_is_withdrawn_is_refused(mirror, monkeypatch, state):
-    monkeypatch.setitem(catalogue(), NAME, database(state=state))
+    known(monkeypatch, state=state)
     with pytest.raises(InputError, match=f"small is {state}, says the catalogue"):
         get(mirror)
 

@@ -10,6 +10,7 @@ from data_registry.errors import InputError
 from data_registry.params import Harmonise
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore
+from data_registry.volume import load_image, load_labels, save_volume
 from pipelines.harmonise import harmonise_scan, make_shard, task_bytes
 
 SETTINGS = Harmonise(grid="16mm")
@@ -56,7 +57,7 @@ def test_the_journal_names_the_scan_at_work(tmp_path, item, monkeypatch):
 
 
 def test_memory_grows_with_the_grid_and_not_with_the_scans():
-    fixed = 0.25e9 + 17 * 320**3
+    fixed = 0.4e9 + 17 * 320**3
     scan = {"labels": [{"source": "aparc_aseg"}, {"source": "synthseg"}]}
     stored = (1 + 1 / 8 + 1 / 64) + 2 * 2 + 1 + 7 * (1 / 8 + 1 / 64)  # bytes a voxel: T1w at three levels, two label maps, lod7 and its counts
     for grid, side in (("1mm", 256), ("2mm", 128), ("native", 320)):
@@ -73,6 +74,22 @@ def test_labels_coarser_than_the_grid_are_flagged_and_others_leave_no_trace(item
         assert sample.get("label_voxel_mm") == (6 if flagged else None) and ("label_voxel_mm" in sample) == flagged
     write_table(tmp_path / "samples.parquet", "samples", [sample | {"status": "ok"}])
     assert read_table(tmp_path / "samples.parquet", "samples")["label_voxel_mm"].to_pylist() == [6]
+
+
+def test_labels_that_do_not_fit_cost_the_scan_only_if_they_are_wanted(item, tmp_path):
+    root, scan = tmp_path / "db", item["scans"][0] | {"t1w_sha256": ""}
+    t1w, labels = load_image(root / scan["t1w_path"]), load_labels(root / scan["labels"][0]["path"])
+    t1w.data[8:18, 10:20, 3:9], labels.data[8:18, 10:20, 3:9] = 190, 10      # a bright part on the right alone
+    save_volume(t1w.path, t1w.data, t1w.affine)
+    save_volume(labels.path, labels.data, labels.affine)
+    save_volume(root / "mirrored.mgz", labels.data[..., ::-1], labels.affine)
+    why = f"{root}/mirrored.mgz: the labels fit the T1w better with its left-right axis reversed "
+    mirrored = {"source": "another", "path": "mirrored.mgz"}
+    arrays, sample = harmonise_scan(scan | {"labels": [*scan["labels"], mirrored]}, root, SETTINGS)
+    assert sample["label_sources"] == ["aparc_aseg"] and "another_x1" not in arrays
+    assert [warning.startswith(why) for warning in sample["warnings"] if "mirrored" in warning] == [True]
+    with pytest.raises(InputError, match=f"^{why}"):
+        harmonise_scan(scan | {"labels": [mirrored | {"source": "aseg"}]}, root, SETTINGS)
 
 
 def test_a_project_elsewhere(tmp_path):

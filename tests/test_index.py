@@ -140,6 +140,19 @@ def test_one_label_map_belongs_to_one_scan(tmp_path):
     assert rows["db_sub-09_ses-2"]["labels"][0]["path"] == "derivatives/freesurfer/sub-09_ses-2/mri/aseg.mgz"
 
 
+def test_labels_also_come_from_a_root_of_their_own(tmp_path):
+    root = make_database(tmp_path / "db", subjects=("01",), participants="")
+    for run in ("1", "2"):
+        data = np.random.default_rng(int(run)).integers(0, 200, (4, 4, 4)).astype(np.int16)
+        save_volume(root / f"sub-09/anat/sub-09_run-{run}_T1w.nii.gz", data, np.eye(4))
+    for path in (root / "derivatives/freesurfer/sub-09", tmp_path / "labels/db/derivatives/freesurfer/sub-09_run-2"):
+        save_volume(path / "mri/aseg.mgz", np.ones((4, 4, 4), np.int16), np.eye(4))
+    rows = {row["scan_id"]: row["labels"] for row in stage.index([root], labels=tmp_path / "labels")}
+    assert [label["path"] for label in rows["db_sub-09_run-1"]] == ["derivatives/freesurfer/sub-09/mri/aseg.mgz"]
+    assert [label["path"] for label in rows["db_sub-09_run-2"]] == [f"{tmp_path}/labels/db/derivatives/freesurfer/sub-09_run-2/mri/aseg.mgz"]
+    assert rows["db_sub-09_run-2"][0]["sha256"]
+
+
 def test_inherited_sidecars_and_spellings(tmp_path):
     root = make_database(tmp_path / "db", subjects=("01",), participants="")
     (root / "sub-01/anat/sub-01_T1w.json").write_text('{"ManufacturersModelName": 750}')

@@ -3,7 +3,7 @@
 import pytest
 
 from data_registry.errors import InputError
-from pipelines.parallel import run_bounded
+from pipelines.parallel import _refuse_what_fits_nowhere, run_bounded
 
 GB = 10**9
 
@@ -36,6 +36,13 @@ def test_results_errors_and_deaths():
 def test_what_fits_nowhere_is_one_line():
     with pytest.raises(InputError, match=r"^a task needs 90000\.00 GB and the largest node offers \d+\.\d\d; .*resources\.task_gb"):
         next(run_bounded(lambda value: value, [(1,)], memory=[90_000 * GB], again=lambda *_: None, workers=1, address=None))
+
+
+def test_more_threads_than_any_node_has_are_one_line():
+    _refuse_what_fits_nowhere(GB, 4, {"a": (2, 2 * GB), "b": (4, GB)})
+    _refuse_what_fits_nowhere(GB, 4, {})                                       # an autoscaler's first node is still to come
+    with pytest.raises(InputError, match=r"^a task needs 5 CPUs and the largest node offers 4; fewer threads, or more \(resources\.workers\)"):
+        _refuse_what_fits_nowhere(GB, 5, {"a": (2, 2 * GB), "b": (4, GB)})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from small_heads import add_subject
 from data_registry import quality, quality_rules
 from data_registry.errors import InputError
 from data_registry.files import sha256
+from data_registry.ledgers import Tombstone, Withdrawn, bury
 from data_registry.params import Harmonise
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore
@@ -320,6 +321,17 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     assert all(one["volumes_ml"] and one["efc"] > 0 for one in rows)
     found = json.loads(next(stage.FOUND.iterdir()).read_text())
     assert base64.b64decode(found[0]["picture"])[:2] == b"\xff\xd8"
+
+
+def test_who_is_withdrawn_is_forgotten(project):
+    stage.main()
+    kept = len(list(stage.FOUND.iterdir()))
+    stone = Tombstone("db", "00", "2026-01-31", "asked for it")
+    assert stage.forget(Withdrawn([stone])) == 1 and len(list(stage.FOUND.iterdir())) == kept - 1
+    bury([stone])
+    stage.main()                                                                    # whatever the samples table still says
+    assert [one["scan_id"] for one in read_table(stage.QUALITY_TABLE, "quality").to_pylist()] == ["db_sub-01", "db_sub-02"]
+    assert not any(b"db_sub-00" in path.read_bytes() for folder in (stage.PAGES, stage.FOUND) for path in folder.iterdir())
 
 
 def test_the_split_leaves_out_what_fails_only_if_asked(project):

@@ -165,7 +165,7 @@ def test_a_sample_depends_on_seed_epoch_and_scan_alone():
 @pytest.mark.parametrize("protocol", ["fastsurfer79", "synthseg33"])
 def test_a_flip_exchanges_left_and_right(monkeypatch, protocol):
     """Weights, which the names have no part in, are those of the flipped volume."""
-    monkeypatch.setitem(augmentation.PRESETS, "light", lambda x, labels, kind, voxel_mm: (x, labels))
+    monkeypatch.setitem(augmentation.PRESETS, "light", lambda shape, voxel_mm: augmentation.Variant())
     volume, classes, table = picture(), labels(protocol), load(protocol)
     scan = small_scan(volume, **{protocol: classes})
     twins = {index: table.class_names.index(name) for index, name in enumerate(map(twin, table.class_names))} | {IGNORED: IGNORED}

@@ -340,3 +340,22 @@ def test_a_run_has_fifty_figures_at_most(structures, number):
     figures = evaluate._figures(rows)
     assert len(figures) == number and len(figures) + 16 <= 50  # five of the machine, the losses and Dice of two levels
     assert figures["external_dice"] == pytest.approx(sum(range(structures)) / structures / 100) and json.dumps(figures)
+
+
+def test_runs_of_some_data_are_found_with_what_deletes_them(capsys):
+    tracker = Tracker("base")
+    parent = tracker.run("run", name="run", tags={"data_hash": "abc"})
+    tracker.run("run/0", name="run-fold-0", parent=parent, tags={"data_hash": "abc"})
+    tracker.run("other", name="other", tags={"data_hash": "abcd"})
+    Path("report.html").write_text("pictures")
+    tracker.artifacts(parent, [Path("report.html")])
+    store = Store("sqlite:///mlflow/mlflow.db")
+    MlflowClient(store.uri).delete_run(store.find("base", "run/0").info.run_id)
+    tracking.runs("sqlite:///mlflow/mlflow.db", ["abc", "none"])
+    lines = sorted(capsys.readouterr().out.splitlines())
+    assert len(lines) == 2
+    assert lines[0].startswith("base/run, 1 files: MLFLOW_TRACKING_URI=sqlite:////") and " && mlflow gc --tracking-uri sqlite:////" in lines[0]
+    assert lines[1].startswith("base/run-fold-0 (deleted, its files stand), 0 files: mlflow gc --tracking-uri ")
+    assert store.find("base", "run").info.run_id in lines[0] and not Path("none.db").exists()
+    with pytest.raises(InputError, match=r"none\.db: no such file"):
+        tracking.runs("sqlite:///none.db", ["abc"])

@@ -13,10 +13,11 @@ from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import protocol
 from data_registry.errors import InputError
+from data_registry.files import sha256
 from data_registry.params import Train, load_params
 from data_registry.schema import read_table
 from lod_model import evaluate, networks, weights
-from lod_model.augment import augment, sample_seed
+from lod_model.augment import PRESETS, Variant, augment, sample_seed
 from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds, epoch_order
 from lod_model.module import VolumeModule
 from lod_model.networks.recipe import LOD_BRAIN
@@ -102,7 +103,13 @@ def test_all_folds_then_scores_then_nothing_more(trained, caplog):
     params, folds = load_params(), all_folds()
     done = [json.loads((fold_folder("lod_brain-base-0", fold) / "fold.json").read_text()) for fold in folds]
     assert [list(fold["stages"]) for fold in done] == [["coarse", "fine"]] * 3
-    assert sorted(p.name for p in fold_folder("lod_brain-base-0", 1).iterdir()) == ["fold.json", "weights.pt"]
+    assert sorted(p.name for p in fold_folder("lod_brain-base-0", 1).iterdir()) == ["fold.json", "seen.tsv", "weights.pt"]
+    for fold, roles in folds.items():
+        seen = (fold_folder("lod_brain-base-0", fold) / "seen.tsv").read_text().splitlines()[1:]
+        assert seen == [f"{scan.scan_id}\t{scan.database}\t{scan.site}\t{role}" for role in ("train", "val") for scan in roles[role]]
+        noted = weights.load(fold_folder("lod_brain-base-0", fold) / "weights.pt").provenance["data"]
+        assert noted == done[fold]["data"] and noted["data_hash"] == sha256("tables/samples.parquet")
+        assert sum(database["scans"]["train"] for database in noted["databases"]) == len(roles["train"]) == done[fold]["train_scans"]
     with caplog.at_level("INFO", "lodbrain"):
         train("lod_brain", params, folds)
     assert "3 folds, 0 to train" in caplog.text
@@ -276,7 +283,7 @@ def test_a_flip_swaps_sided_classes():
     seen = set()
     for seed in seeds:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("lod_model.augment._render", lambda image, target, *_: (image, target))
+            patch.setitem(PRESETS, "light", lambda shape, voxel_mm: Variant())
             moved_image, moved = augment(image, target, preset="light", seed=seed, mirrored=mirrored)
         flipped = moved_image[0, 0, 0] == 0
         seen.add(bool(flipped))

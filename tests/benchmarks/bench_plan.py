@@ -93,9 +93,10 @@ def scans(number: int) -> list[dict]:
 
 
 def indexing(folder: Path, number: int, *, twice: bool) -> float:
-    """Index databases of tiny files; with ``twice`` the second time counts, when all hashes are known."""
+    """Index databases of tiny files, conflicts written; with ``twice`` the second time counts, when all hashes are known."""
     import os
 
+    from pipelines.conflicts import write_conflicts
     from pipelines.index import index
 
     content = gzip.compress(b"not a volume: the index reads bytes, not voxels", mtime=0)
@@ -111,8 +112,10 @@ def indexing(folder: Path, number: int, *, twice: bool) -> float:
     os.chdir(folder)
     if twice:
         index([folder / "data"])
+    checks = []
     start = time.perf_counter()
-    index([folder / "data"])
+    index([folder / "data"], checks=checks)
+    write_conflicts(checks)
     return time.perf_counter() - start
 
 

@@ -15,11 +15,12 @@ import pytest
 import yaml
 from small_heads import CHECKOUT, add_subject
 
+from data_registry import slurm
 from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.jobs import Job, Slurm
 from data_registry.params import Resources, load_params
-from lod_model import launch, slurm, weights
+from lod_model import launch, weights
 from lod_model.data import all_folds
 from lod_model.train import finished, fold_folder, train, training_identity
 from pipelines.project import data_project

@@ -1,0 +1,99 @@
+"""What a project keeps beside ``params.yaml``, in git and for ever: which licences were accepted, and what was withdrawn.
+
+``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. Nothing ever removes a line.
+Whoever reads scans asks it, so that what was withdrawn does not come back with its files.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data_registry.errors import InputError
+from data_registry.files import replacing
+
+LICENCES = Path("licences.tsv")
+WITHDRAWN = Path("withdrawn.tsv")
+
+
+class Tombstone(NamedTuple):
+    """A person, or a database, that was withdrawn."""
+
+    database: str
+    subject: str
+    """Without ``sub-``; empty: all of them."""
+    date: str
+    reason: str
+
+
+class Withdrawn:
+    """All that was withdrawn from a project."""
+
+    def __init__(self, tombstones: Iterable[Tombstone] = ()) -> None:
+        self.tombstones = list(tombstones)
+        self._known = {(stone.database, stone.subject) for stone in self.tombstones}
+
+    def has(self, database: str, subject: str = "") -> bool:
+        """Whether this person, or the whole database, was withdrawn.
+
+        >>> gone = Withdrawn([Tombstone("abide1", "0051456", "2026-01-31", "asked for it"), Tombstone("ixi", "", "2026-02-01", "")])
+        >>> gone.has("abide1"), gone.has("abide1", "0051456"), gone.has("ixi", "IXI002Guys0828")
+        (False, True, True)
+        """
+        return (database, "") in self._known or (database, subject) in self._known
+
+    def has_scan(self, scan_id: str) -> bool:
+        """The same of a scan by its name.
+
+        >>> Withdrawn([Tombstone("db", "01", "", "")]).has_scan("db_sub-01_ses-2_run-1"), owner("db_sub-011")
+        (True, ('db', '011'))
+        """
+        return self.has(*owner(scan_id))
+
+
+def owner(scan_id: str) -> tuple[str, str]:
+    """Database and subject of a scan, from ``<database>_sub-<label>[_…]``, the name that index gives it."""
+    database, _, rest = scan_id.partition("_sub-")
+    return database, rest.partition("@")[0].partition("_")[0]
+
+
+def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
+    """What the project's file says; nothing if there is none. A file that cannot be read stops whoever asks."""
+    rows = read_rows(path, Tombstone._fields)
+    for row in rows:
+        if not row["database"]:
+            raise InputError(f"{path}: a line without a database ({', '.join(filter(None, row.values())) or 'empty'}); its name is wanted")
+    return Withdrawn(Tombstone(**row | {"subject": row["subject"].removeprefix("sub-")}) for row in rows)
+
+
+def bury(tombstones: Iterable[Tombstone], path: Path = WITHDRAWN) -> list[Tombstone]:
+    """Add to the file those that do not stand there yet, and return them; lines that stand there stay, byte for byte."""
+    known = {(stone.database, stone.subject) for stone in withdrawn(path).tombstones}
+    new = [stone for stone in tombstones if (stone.database, stone.subject) not in known]
+    if new:
+        before = path.read_text(encoding="utf-8") if path.is_file() else "\t".join(Tombstone._fields) + "\n"
+        lines = io.StringIO()
+        csv.writer(lines, delimiter="\t", lineterminator="\n").writerows([" ".join(cell.split()) for cell in stone] for stone in new)
+        with replacing(path) as aside:
+            aside.write_text(before + "\n" * (not before.endswith("\n")) + lines.getvalue(), encoding="utf-8")
+    return new
+
+
+def accepted_licences(path: Path = LICENCES) -> dict[str, dict[str, str]]:
+    """database → {licence, date}, as last accepted in this project."""
+    return {row["database"]: {"licence": row["licence"], "date": row["date"]} for row in read_rows(path, ("database", "licence", "date"))}
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """These columns of a table; no rows if there is no such file."""
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), delimiter="\t")
+        rows = list(reader)
+    except FileNotFoundError:
+        return []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
+    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+        raise InputError(f"{path}: column {missing[0]} is missing; {', '.join(columns)}, with tabs between, are wanted")
+    return [{column: (row[column] or "").strip() for column in columns} for row in rows]

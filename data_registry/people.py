@@ -1,0 +1,118 @@
+"""Who is who: the same person in two databases, by the catalogue's rules and by tables of people who are known.
+
+A person's name is ``<database>/<subject>``, or ``person:<name>`` where a table knows them. What files, voxels and likeness say is added by
+``pipelines.index`` and ``pipelines.people``; all of it ends in one call, :func:`merge_people`.
+"""
+
+import csv
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from data_registry.catalogue import Database, SamePeople, catalogue
+from data_registry.errors import InputError
+
+log = logging.getLogger("lodbrain.people")
+COLUMNS = ("database", "subject", "person")
+KNOWN = "person:"
+
+
+def read_people(tables: Sequence[Path]) -> dict[tuple[str, str], str]:
+    """(database, subject) → person, of tables with these three columns. Raises :class:`InputError` for a table that cannot be read or a
+    subject with two names."""
+    known: dict[tuple[str, str], str] = {}
+    for table in tables:
+        try:
+            with open(table, encoding="utf-8-sig", newline="") as handle:
+                reader = csv.DictReader(handle, delimiter="\t")
+                header, rows = reader.fieldnames or [], list(reader)
+        except (OSError, UnicodeError, csv.Error) as error:
+            raise InputError(f"{table}: cannot be read ({error}); a table in UTF-8 with tabs is wanted (index.people)") from None
+        if set(COLUMNS) - set(header):
+            raise InputError(f"{table}: its columns are {', '.join(header) or 'none'}; {', '.join(COLUMNS)} are wanted")
+        for line, row in enumerate(rows, 2):
+            database, subject, person = ((row[column] or "").strip() for column in COLUMNS)
+            if not (database and subject and person):
+                raise InputError(f"{table}, line {line}: one of {', '.join(COLUMNS)} is empty; all three are wanted")
+            key = database, subject.removeprefix("sub-")
+            if known.setdefault(key, person) != person:
+                raise InputError(f"{table}, line {line}: sub-{key[1]} of {database} is {person}, and {known[key]} before; one person is wanted")
+    return known
+
+
+def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapping[tuple[str, str], str]) -> None:
+    """Give people in ``rows`` of the scans table whom a rule of their databases or a table ``known`` takes for one, one name.
+
+    Raises :class:`InputError` for a rule that names a database which is neither in the catalogue nor among ``databases``.
+    """
+    of_subject = {(row["database"], row["subject"]): row["person"] for row in rows}
+    ties = []
+    for name, database in databases.items():
+        for rule in database.same_people:
+            if rule.database not in databases and rule.database not in catalogue():
+                raise InputError(f"catalogue/{name}.yaml: same_people names {rule.database}, which is no database of the catalogue")
+            if rule.subject is None or rule.database not in databases:
+                continue
+            found = _matched(name, rule, of_subject)
+            if not found:
+                said = name, rule.subject, rule.database, rule.theirs
+                log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", *said)
+            ties += found
+    ties += [{of_subject[key], KNOWN + person} for key, person in known.items() if key in of_subject]
+    if absent := [key for key in known if key not in of_subject and key[0] in databases]:
+        log.warning("%d subjects of index.people are not there, e.g. sub-%s of %s", len(absent), absent[0][1], absent[0][0])
+    merge_people(rows, ties)
+    person_of = {(row["database"], row["subject"]): row["person"] for row in rows}
+    for key, person in known.items():
+        if (became := person_of.get(key, KNOWN + person)) != KNOWN + person:
+            log.warning("sub-%s of %s: %s by index.people, but one with %s by bytes or a rule", key[1], key[0], person, became.removeprefix(KNOWN))
+
+
+def _matched(name: str, rule: SamePeople, of_subject: Mapping[tuple[str, str], str]) -> list[set[str]]:
+    """The two persons of each subject of database ``name`` that the rule finds in the other database."""
+    found = []
+    for (database, subject), person in of_subject.items():
+        match = re.fullmatch(rule.subject, subject) if database == name else None
+        theirs = of_subject.get((rule.database, match.expand(rule.theirs))) if match else None
+        if theirs:
+            found.append({person, theirs})
+    return found
+
+
+def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
+    """Give all ``rows`` of people who are tied, also through others, one ``person``: who is known by a table, else the first by name."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parent.get(name, name)) != name:
+            parent[name] = parent.get(above, above)
+            name = above
+        return name
+
+    for tie in ties:
+        first, *others = sorted(map(root, tie), key=_rank)
+        for other in others:
+            one, two = sorted((root(first), root(other)), key=_rank)
+            if one != two:
+                parent[two] = one
+    for row in rows:
+        row["person"] = root(row["person"])
+
+
+def _rank(name: str) -> tuple[bool, str]:
+    return not name.startswith(KNOWN), name
+
+
+def known_apart(one: str, two: str) -> bool:
+    """Whether tables name both, and differently.
+
+    >>> known_apart("person:a", "person:b"), known_apart("person:a", "db/01")
+    (True, False)
+    """
+    return one.startswith(KNOWN) and two.startswith(KNOWN) and one != two
+
+
+def share_people(one: str, two: str, databases: Mapping[str, Database]) -> bool:
+    """Whether the catalogue says that two databases have people in common."""
+    return any(rule.database == b for a, b in ((one, two), (two, one)) if a in databases for rule in databases[a].same_people)

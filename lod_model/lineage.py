@@ -1,0 +1,115 @@
+"""Where weights come from, as they say themselves: the databases that trained and chose them, their citations, and may they be shared.
+
+A training notes it in its weights (:mod:`lod_model.provenance`): licences as the catalogue had them then and as they were accepted. Of those
+and today's the strictest counts. Needs none of what a training needs, so that the small image has it too.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from data_registry.catalogue import Database, catalogue, find_database
+from data_registry.catalogue_sources import standing
+from data_registry.licences import NO_ADVICE, Verdict, in_words, judge, strictest
+from lod_model.weights import AUTHORS
+
+ROLES = ("train", "val")
+"""Both have seen the data: one gave the gradients, the other chose the checkpoint."""
+
+def terms(database: Database) -> dict[str, Any]:
+    """What the catalogue says now; ``licence_confirmed``: a document says so."""
+    may = database.redistribute.weights if standing(database, None, "redistribute")[0] == "sourced" else None
+    return {
+        "name": database.name, "title": database.title, "licence": database.licence,
+        "licence_confirmed": standing(database, None, "licence")[0] == "sourced", "weights_may_be_shared": may,
+        "access": database.access, "citation": database.citation, "doi": database.doi,
+    }  # fmt: skip
+
+
+def lineage(provenance: dict[str, Any]) -> dict[str, Any]:
+    """``databases``, as a training notes them, with the ``answer`` of each alone; the weights' own ``citation``; ``verdict`` of all together;
+    ``notes`` on what is not known and what differs."""
+    notes: list[str] = []
+    released = provenance.get("licence") if isinstance(provenance.get("licence"), str) else None
+    if isinstance(provenance.get("data"), dict):
+        databases = [dict(entry) for entry in provenance["data"]["databases"]]
+        verdicts = [_noted_and_today(entry, notes) for entry in databases]
+    elif isinstance(provenance.get("trained_on"), list):
+        names = sorted({str(site).split(".")[0] for site in provenance["trained_on"]})
+        notes.append("made before weights noted their licences: these are today's, scans were not counted")
+        databases = [terms(find_database(name)) for name in names]
+        verdicts = [_of(entry) for entry in databases]
+    else:
+        authors = provenance.get("source") == AUTHORS["source"]
+        databases = [terms(database) for database in catalogue().values() if authors and "LOD-Brain" in database.used_by]
+        verdicts = [_of(entry) for entry in databases]
+        if authors:
+            notes.append(f"databases: the authors' corpus as the catalogue has it; by these alone: {in_words(strictest(verdicts))}")
+        if provenance.get("anatomies"):
+            notes.append(f"trained on {provenance.get('trained_on')}, {len(provenance['anatomies'])} of them: no scan, and so no scan's licence")
+        if released:
+            notes.append(f"the answer is that of the licence they were released under, {released}")
+    for entry, verdict in zip(databases, verdicts, strict=True):
+        entry["answer"] = in_words(verdict)
+    whole = judge("these weights", released) if released and not isinstance(provenance.get("data"), dict) else strictest(verdicts)
+    said = {"answer": whole.answer, "words": in_words(whole), "reasons": list(whole.reasons)}
+    return {"databases": databases, "citation": provenance.get("citation"), "notes": notes, "verdict": said}
+
+
+def _of(entry: dict[str, Any]) -> Verdict:
+    return judge(entry["name"], entry["licence"], confirmed=entry["licence_confirmed"], weights=entry["weights_may_be_shared"])
+
+
+def _noted_and_today(entry: dict[str, Any], notes: list[str]) -> Verdict:
+    """Of the licence as it was noted, as it was accepted, and as the catalogue has it now, where these differ: the strictest."""
+    verdicts, today = [_of(entry)], find_database(entry["name"])
+    given = (entry.get("accepted") or {}).get("licence")
+    if given and given not in (entry["licence"], "unknown"):
+        notes.append(f"{entry['name']}: accepted as {given!r} on {entry['accepted']['date']}, in the catalogue {entry['licence']!r}")
+        verdicts.append(judge(entry["name"], given))
+    if today.known and _of(terms(today)) != verdicts[0]:
+        notes.append(f"{entry['name']}: {_said(entry)} when they were trained, {_said(terms(today))} in today's catalogue")
+        verdicts.append(_of(terms(today)))
+    if today.state == "withdrawn":
+        verdicts.append(Verdict("not known", reasons=(f"{entry['name']}: withdrawn by its owners since",)))
+    return strictest(verdicts)
+
+
+def _said(entry: dict[str, Any]) -> str:
+    may = {True: ", weights may be shared", False: ", weights may not be shared", None: ""}[entry["weights_may_be_shared"]]
+    return f"{entry['licence'] or 'no licence'}{'' if entry['licence_confirmed'] or not entry['licence'] else ' (not confirmed)'}{may}"
+
+
+def in_lines(found: dict[str, Any]) -> Iterator[str]:
+    """The same for people: a table of databases, what to cite, what is not known, the verdict with its reasons."""
+    if found["databases"]:
+        yield "database\ttraining\tvalidation\tlicence\tweights"
+    for entry in found["databases"]:
+        seen = [f"{entry['scans'][role]} scans of {entry['people'][role]} people" if "scans" in entry else "not noted" for role in ROLES]
+        doubt = "" if entry["licence_confirmed"] or not entry["licence"] else " (not confirmed)"
+        yield "\t".join([entry["name"], *seen, f"{entry['licence'] or 'not known'}{doubt}", entry["answer"]])
+    if found["citation"]:
+        yield f"cite\tthese weights: {found['citation']}"
+    for entry in found["databases"]:
+        cited = ", doi:".join(filter(None, (entry["citation"], entry["doi"])))
+        yield f"cite\t{entry['name']}: {cited or 'no citation is known'}"
+    for note in found["notes"]:
+        yield f"note\t{note}"
+    yield f"may they be shared?\t{found['verdict']['words']}"
+    for reason in found["verdict"]["reasons"]:
+        yield f"because\t{reason}"
+    yield NO_ADVICE
+
+
+def bibtex(found: dict[str, Any]) -> Iterator[str]:
+    """An entry a database that has a citation; a comment for one that has none; the weights' own, where they were published."""
+    if found["citation"]:
+        yield _entry("weights", {"note": found["citation"]})
+    for entry in found["databases"]:
+        fields = {"title": entry["title"], "note": entry["citation"], "doi": entry["doi"]}
+        yield _entry(entry["name"], fields) if entry["citation"] or entry["doi"] else f"% {entry['name']}: no citation is known"
+
+
+def _entry(key: str, fields: dict[str, str | None]) -> str:
+    written = {name: value if name == "doi" else re.sub(r"([&%])", r"\\\1", value) for name, value in fields.items() if value}
+    return "\n".join([f"@misc{{{key},", *(f"  {name} = {{{value}}}," for name, value in written.items()), "}"])

@@ -1,0 +1,112 @@
+"""Maker, model and field strength: the sidecar's where it is clear, else the catalogue's; sidecars of one site beside each other."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from data_registry.catalogue import MANUFACTURERS, Site, canonical_manufacturer
+from data_registry.readings import Reading, is_empty, read_field_strength
+from pipelines.notes import Notes
+
+MM = 0.05
+"""Voxel edges may differ by so much."""
+KEYS = {"manufacturer": "Manufacturer", "model": "ManufacturersModelName", "field_strength_tesla": "MagneticFieldStrength"}
+
+
+class Scanners:
+    """One database's scanners; conflicts go to ``notes``."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes, self.database = notes, notes.database
+        self._inherited = {path.name: notes.json(path.name) for path in sorted(notes.root.glob("*T1w.json"))}
+        self._seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        """Site and field → value → scans."""
+
+    def facts(self, row: dict, sidecar: dict) -> dict:
+        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan."""
+        site = self.database.sites.get(row["site"])
+        own = row["t1w_path"].split(".nii")[0] + ".json"
+        file = own if (self.notes.root / own).is_file() else row["t1w_path"]
+        about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": file}
+        values = {}
+        for field, key in KEYS.items():
+            written, expected = sidecar.get(key), getattr(site, field, None)
+            reading = _read(field, written, expected)
+            if reading.kind:
+                self.notes.add(reading.kind, field, found=written, done=reading.done, together=True, **about)
+            self._check_inherited(field, written, about)
+            values[field] = self._prefer(field, reading.value, expected, written, about)
+            if reading.value is not None:
+                self._seen[row["site"], field][f"{reading.value:g}" if isinstance(reading.value, float) else reading.value].append(row["scan_id"])
+        if not is_empty(sidecar.get("InstitutionName")):
+            self._seen[row["site"], "InstitutionName"][" ".join(str(sidecar["InstitutionName"]).split())].append(row["scan_id"])
+        self._check_voxel(sidecar, site, about)
+        return values
+
+    def _prefer(self, field: str, told: object, expected: object, written: object, about: dict) -> object:
+        if told is None:
+            kind, done = ("missing value", "null") if expected is None else ("from the catalogue", "the catalogue's is taken")
+            self.notes.add(kind, field, expected=expected, found=written, done=done, together=True, **about)
+            return expected
+        if expected is not None and told != expected:
+            self.notes.add("sidecar against catalogue", field, expected=expected, found=told, done="the sidecar's is taken", **about)
+        return told
+
+    def _check_inherited(self, field: str, written: object, about: dict) -> None:
+        """A sidecar at the root that says otherwise of a scan than what lies nearer; by BIDS's inheritance the nearer goes first."""
+        for name, content in self._inherited.items():
+            value = content.get(KEYS[field])
+            if value not in (None, written) and set(Path(name).stem.split("_")) <= set(Path(about["file"]).name.split(".")[0].split("_")):
+                done = "the nearer sidecar's is read"
+                self.notes.add("contradicting sidecars", field, expected=f"{value} in {name}", found=written, done=done, **about)
+
+    def _check_voxel(self, sidecar: dict, site: Site | None, about: dict) -> None:
+        for key in ("SpacingBetweenSlices", "SliceThickness"):
+            edge, expected = sidecar.get(key), getattr(site, "voxel_mm", None)
+            if isinstance(edge, int | float) and edge > 0:
+                if expected and abs(edge - expected[2]) > MM:
+                    told = {"expected": f"{expected[2]:g} between slices", "found": f"{key} {edge:g}"}
+                    self.notes.add("sidecar against catalogue", "voxel_mm", done="neither is used; the image says its voxels", **told, **about)
+                return
+
+    def finish(self) -> None:
+        """Say where the scans of one site are not of one scanner or one institution."""
+        for (site, field), values in sorted(self._seen.items()):
+            kind, done = "contradicting sidecars", "each scan keeps its own"
+            if field == "InstitutionName":
+                values = _spelled_alike(values)
+                kind, done = "mixed sites", f"all stay site {site}; site_rule: {{sidecar: InstitutionName}} would part them"
+            if len(values) > 1:
+                most = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
+                found = ", ".join(f"{value} ({len(scans)})" for value, scans in most[:12]) + (" …" if len(most) > 12 else "")
+                others = [scan for _, scans in most[1:] for scan in scans]
+                self.notes.add(kind, field, site=site, expected="one at a site", found=found, done=done, scan=min(others), scans=len(others))
+
+
+def _read(field: str, written: object, expected: object) -> Reading:
+    """Of a sidecar's field; a model that the catalogue writes otherwise is written as there."""
+    if is_empty(written):
+        return Reading(None)
+    if field == "field_strength_tesla":
+        return read_field_strength(written)
+    text = " ".join(str(written).split())
+    if field == "model":
+        same = isinstance(expected, str) and _letters(expected) == _letters(text)
+        return Reading(expected, "spelling", f"{expected} taken, as in the catalogue") if same and text != expected else Reading(text)
+    value = canonical_manufacturer(text)
+    if value not in MANUFACTURERS:
+        return Reading(value, "unknown manufacturer", "taken as it is written")
+    return Reading(value) if value == written else Reading(value, "spelling", f"{value} taken")
+
+
+def _letters(model: str) -> str:
+    return re.sub(r"magnetom|\W|_", "", model.casefold())
+
+
+def _spelled_alike(values: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Names that differ in case, blanks and punctuation alone are one, written as the first."""
+    first: dict[str, str] = {}
+    merged: dict[str, list[str]] = defaultdict(list)
+    for name, scans in values.items():
+        merged[first.setdefault(re.sub(r"[\W_]", "", name.casefold()), name)] += scans
+    return merged

@@ -1,0 +1,226 @@
+"""The labeller, with shell scripts that stand in for the tools: they copy a prepared label map, fail, hang, are killed, or mirror the head."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from small_heads import CHECKOUT, add_subject
+
+from data_registry.errors import InputError
+from data_registry.params import load_params
+from data_registry.schema import read_table, write_table
+from data_registry.volume import load_image, load_labels, save_volume
+from pipelines import index, label
+from pipelines.labellers import TOOLS, check_installed
+
+PROGRAM = """#!/bin/sh
+# Stands in for a labelling tool: the last words of its command line are those of {program}.
+{find}
+echo "$name" >> "$STAND_IN/calls"
+how=$(cat "$STAND_IN/$name.how" 2>/dev/null || echo well)
+case $how in
+    crash) echo "cannot find the brain"; exit 3 ;;
+    killed) kill -KILL $$ ;;
+    hang) sleep 600 & echo $! > "$STAND_IN/$name.pid"; wait ;;
+    nothing) exit 0 ;;
+esac
+mkdir -p "$(dirname "$out")" && cp "$STAND_IN/$name.$how$ending" "$out"
+"""
+FIND = {
+    "synthseg": 'while [ $# -gt 0 ]; do case $1 in --o) out=$2;; esac; shift; done; name=$(basename "$out" _dseg.nii.gz); ending=.nii.gz',
+    "recon-all": 'while [ $# -gt 0 ]; do case $1 in -s) name=$2;; -sd) sd=$2;; esac; shift; done; out=$sd/$name/mri/aparc+aseg.mgz; ending=.mgz',
+    "fastsurfer": "while [ $# -gt 0 ]; do case $1 in --sid) name=$2;; --sd) sd=$2;; esac; shift; done; "
+    'out=$sd/$name/mri/aparc.DKTatlas+aseg.deep.mgz; ending=.mgz',
+}  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project of seven unlabelled scans, and stand-ins on PATH; what a stand-in does to a scan stands in ``stand_in/<name>.how``."""
+    stand_in, programs = tmp_path / "stand_in", tmp_path / "bin"
+    stand_in.mkdir(), programs.mkdir()
+    for tool, find in FIND.items():
+        path = programs / TOOLS[tool].program
+        path.write_text(PROGRAM.format(program=TOOLS[tool].program, find=find))
+        path.chmod(0o755)
+    database = tmp_path / "db"
+    for number in range(1, 8):
+        add_subject(database, f"0{number}", seed=number)
+        made = database / f"derivatives/freesurfer/sub-0{number}/mri/aparc+aseg.mgz"
+        labels = load_labels(made)
+        t1w = load_image(database / f"sub-0{number}/anat/sub-0{number}_T1w.nii.gz")
+        labels.data[8:18, 10:20, 3:9], t1w.data[8:18, 10:20, 3:9] = 10, 190  # a bright part on one side alone
+        save_volume(t1w.path, t1w.data, t1w.affine)
+        for how, data in (("well", labels.data), ("mirrored", labels.data[..., ::-1])):
+            save_volume(stand_in / f"sub-0{number}.{how}.nii.gz", data.astype(np.int32), labels.affine)
+            save_volume(stand_in / f"sub-0{number}.{how}.mgz", data.astype(np.int32), labels.affine)
+    shutil.rmtree(database / "derivatives")
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    settings = {"index": {"roots": [str(database)]}, "harmonise": {"grid": "16mm"}, "resources": {"workers": 2, "task_gb": 0.1, "tries": 1}}
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    write_table(index.SCANS_TABLE, "scans", index.index([database]))
+    for name, value in {"PATH": f"{programs}:{os.environ['PATH']}", "STAND_IN": str(stand_in), "FREESURFER_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("FS_LICENSE", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return tmp_path
+
+
+def run(*arguments: str) -> None:
+    sys.argv = ["pipelines.label", *arguments]
+    label.main()
+
+
+def are(project: Path, **how: str) -> None:
+    for number, what in how.items():
+        (project / f"stand_in/sub-{number[1:]}.how").write_text(what)
+
+
+def calls(project: Path) -> list[str]:
+    return sorted((project / "stand_in/calls").read_text().split())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_one_fails_the_others_go_on_and_the_next_run_does_what_is_left(project, caplog):
+    are(project, s02="crash", s03="hang", s04="killed", s05="mirrored", s06="nothing")
+    with pytest.raises(InputError, match=r"^5 of 7 scans failed, e\.g\. db_sub-0"):
+        run("--tool", "synthseg", "--launcher", "local", "--limit-hours", str(2 / 3600))
+    anat = "derivatives/synthseg/sub-{0}/anat/sub-{0}_dseg.nii.gz"
+    for number in range(1, 8):
+        assert (project / "db" / anat.format(f"0{number}")).is_file() == (number in (1, 7))
+    said = {line.partition(": ")[0].strip(): line for line in caplog.messages if line.startswith("db_")}
+    words = {
+        "2": "failed with exit status 3: cannot find the brain (/",
+        "3": "was stopped after 0.000556 hours (--limit-hours)",
+        "4": "was ended by SIGKILL",
+        "5": "fit the T1w better with its left-right axis reversed",
+        "6": "ended well without sub-06_dseg",
+    }
+    assert set(said) == {f"db_sub-0{number}" for number in words}
+    assert all(word in said[f"db_sub-0{number}"] for number, word in words.items()), said
+    assert "mri_synthseg --i " in Path("logs/label/db_sub-02.log").read_text()
+    assert not is_alive(int((project / "stand_in/sub-03.pid").read_text()))
+    assert calls(project) == [f"sub-0{number}" for number in range(1, 8)]
+
+    are(project, s02="well", s03="well", s04="well", s06="well")
+    with pytest.raises(InputError, match=r"^1 of 2 scans failed, e\.g\. db_sub-05: .*once .*sub-05\.made is removed, the tool runs anew"):
+        run("--tool", "synthseg", "--scan", "db_sub-02", "--scan", "db_sub-05")
+    assert calls(project).count("sub-02") == 2 and len(calls(project)) == 8     # what was made of 05 is looked at, not made again
+    shutil.rmtree(project / "db/derivatives/.labelling/synthseg/sub-05.made")
+    are(project, s05="well")
+    run("--tool", "synthseg", *(word for number in range(1, 8) for word in ("--scan", f"db_sub-0{number}")))
+    assert len(calls(project)) == 8 + 4 and not any((project / "db/derivatives/.labelling/synthseg").iterdir())
+    rows = index.index([project / "db"])
+    assert [[source["source"] for source in row["labels"]] for row in rows] == [["synthseg"]] * 7
+
+
+def test_a_subject_folder_comes_whole_with_a_licence_and_to_another_root(project, monkeypatch):
+    (project / "license.txt").touch()
+    settings = yaml.safe_load(Path("params.yaml").read_text())
+    settings["index"]["labels"] = str(project / "labels")
+    Path("params.yaml").write_text(yaml.safe_dump(settings))
+    begun = project / "labels/db/derivatives/freesurfer/sub-02"
+    begun.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^1 of 2 scans failed, e\.g\. db_sub-02: .*/sub-02: begun by another hand, without aparc\+aseg\.mgz"):
+        run("--tool", "recon-all", "--scan", "db_sub-01", "--scan", "db_sub-02")
+    assert begun.is_dir() and calls(project) == ["sub-01"] and not list((project / "labels/db/derivatives/.labelling/recon-all").iterdir())
+    run("--tool", "fastsurfer", "--scan", "db_sub-02")
+    rows = index.index([project / "db"], labels=index.labels_folder(load_params().index))
+    assert [[(label["source"], label["path"]) for label in row["labels"]] for row in rows[:3]] == [
+        [("aparc_aseg", f"{project}/labels/db/derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz")],
+        [("aparc_dkt_aseg", f"{project}/labels/db/derivatives/fastsurfer/sub-02/mri/aparc.DKTatlas+aseg.deep.mgz")],
+        [],
+    ]
+    assert all(label["sha256"] for row in rows for label in row["labels"]) and not (project / "db/derivatives").exists()
+    description = json.loads((project / "labels/db/derivatives/freesurfer/dataset_description.json").read_text())
+    assert description["GeneratedBy"] == [{"Name": "recon-all"}]
+
+
+def test_a_tool_ends_with_whoever_started_it(project):
+    are(project, s01="hang")
+    command = [sys.executable, "-m", "pipelines.label", "--tool", "synthseg", "--scan", "db_sub-01"]
+    process, pid = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}), project / "stand_in/sub-01.pid"
+    until = time.monotonic() + 60
+    while not (pid.is_file() and pid.read_text().strip()) and time.monotonic() < until:
+        time.sleep(0.05)
+    with pytest.raises(InputError, match=r"sub-01\.lock: another run is at this scan"):
+        run("--tool", "synthseg", "--scan", "db_sub-01")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    while is_alive(int(pid.read_text())) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_alive(int(pid.read_text()))
+    are(project, s01="well")
+    run("--tool", "synthseg", "--scan", "db_sub-01")
+    assert not list((project / "db/derivatives/.labelling/synthseg").iterdir())
+
+
+def test_what_is_missing_is_one_line_before_anything_starts(project, monkeypatch):
+    with pytest.raises(InputError, match=rf"^{project}/license\.txt: no such file; FreeSurfer's licence is wanted for recon-all"):
+        run("--tool", "recon-all")
+    monkeypatch.setenv("FS_LICENSE", str(project / "elsewhere"))
+    with pytest.raises(InputError, match=r"elsewhere \(FS_LICENSE\): no such file"):
+        check_installed("recon-all")
+    (project / "elsewhere").touch()
+    check_installed("recon-all")
+    monkeypatch.delenv("FREESURFER_HOME")
+    for tool in ("recon-all", "synthseg"):
+        with pytest.raises(InputError, match=r"^FREESURFER_HOME is not set; FreeSurfer's folder is wanted"):
+            run("--tool", tool)
+    (project / "bin/run_fastsurfer.sh").unlink()
+    with pytest.raises(InputError, match=r"^run_fastsurfer\.sh: no such program on PATH"):
+        run("--tool", "fastsurfer")
+    monkeypatch.setenv("FREESURFER_HOME", str(project))
+    with pytest.raises(InputError, match=r"^--launcher ray: no cluster"):
+        run("--tool", "synthseg", "--launcher", "ray")
+    with pytest.raises(InputError, match=r"^database other is below no root of params\.yaml; one of db is wanted"):
+        run("--tool", "synthseg", "--database", "other")
+    with pytest.raises(InputError, match=r"no usable scan db_sub-99"):
+        run("--tool", "synthseg", "--scan", "db_sub-99")
+    shutil.rmtree(project / "db/derivatives")
+    (project / "db/derivatives").touch()
+    with pytest.raises(InputError, match=r"/db: Not a directory; a folder that can be written, or index\.labels in params\.yaml, is wanted"):
+        run("--tool", "synthseg")
+    assert not (project / "stand_in/calls").exists()
+
+
+def test_slurm_gets_one_array_with_a_task_a_scan(project, monkeypatch):
+    for name, body in {
+        "sbatch": 'printf "%s\\n" "$@" > "$STAND_IN/sbatch"; echo 7',
+        "squeue": 'for i in 0 1 2 3 4 5 6; do echo "7|$i|COMPLETED|label-synthseg|$PWD|None"; done',
+    }.items():
+        (project / "bin" / name).write_text(f"#!/bin/sh\n# Stands in for SLURM's.\n{body}\n")
+        (project / "bin" / name).chmod(0o755)
+    run("--tool", "synthseg", "--launcher", "slurm", "--limit-hours", "6", "--threads", "4")
+    asked = (project / "stand_in/sbatch").read_text().splitlines()
+    assert {"--job-name=label-synthseg", "--array=0-6%16", "--cpus-per-task=4", "--mem=16G", "--time=392"} <= set(asked)
+    tasks = [line for line in asked if line.startswith("srun ")]
+    assert tasks == [
+        f"srun --kill-on-bad-exit=1 --cpus-per-task=4 {sys.executable} -m pipelines.label --tool synthseg --limit-hours 6 --threads 4 "
+        f"--scan db_sub-0{number}" for number in range(1, 8)
+    ]  # fmt: skip
+    assert len(read_table(index.SCANS_TABLE, "scans")) == 7
+
+
+def test_command_lines_are_those_that_the_tools_document():
+    lines = {name: " ".join([tool.program, *tool.command("/t1.nii.gz", "sub-01", Path("/work"), 4)]) for name, tool in TOOLS.items()}
+    assert lines == {
+        "recon-all": "recon-all -s sub-01 -i /t1.nii.gz -sd /work -all -threads 4",
+        "fastsurfer": "run_fastsurfer.sh --t1 /t1.nii.gz --sid sub-01 --sd /work --seg_only --threads 4",
+        "synthseg": "mri_synthseg --i /t1.nii.gz --o /work/sub-01_dseg.nii.gz --parc --robust --threads 4 --cpu",
+    }
