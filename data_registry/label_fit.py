@@ -16,6 +16,8 @@ MIN_ON_HEAD = 0.7
 """Of the labelled points, those where the T1w shows a head: .98 and more on fifteen real maps; CSF at the skull and bone are darker."""
 MIRRORED_GAIN = 0.02
 """By this share of it mirrored labels must explain more. On the fifteen maps right ones explain .036 to .15 more than mirrored ones."""
+NOISE = 2.5
+"""Over the root of the number of labelled points: what must be gained where these are few. It is less than the gain above from 15,600 points on."""
 WHOLE_ML, WHOLE_IDS = 300.0, 3
 """Maps of less than a brain, or of fewer tissues, are not asked: one structure may explain more where it does not belong."""
 AIR = 25  # of 255; bright fat would else make a brain look dark
@@ -48,10 +50,10 @@ def check_fit(labels: Volume, t1w: np.ndarray, placement: Placement) -> None:
         )
     if not _is_whole(labelled, labels):
         return
-    fit = explained(image, ids)
+    fit, enough = explained(image, ids), max(MIRRORED_GAIN, NOISE / on_head.size**0.5)
     for how, affine in _mistaken(labels).items():
         better = explained(image, sampled(affine))
-        if better - fit > MIRRORED_GAIN * better:
+        if better - fit > enough * better:
             raise VolumeError(
                 f"{labels.path}: the labels fit the T1w better {how} (they explain {better:.2f} of its variance, as they stand {fit:.2f}); "
                 "a map in the T1w's own space, left on its left, is wanted"

@@ -65,6 +65,7 @@ def project(tmp_path, monkeypatch) -> Path:
     shutil.rmtree(database / "derivatives")
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))  # for the processes that Ray starts
     settings = {"index": {"roots": [str(database)]}, "harmonise": {"grid": "16mm"}, "resources": {"workers": 2, "task_gb": 0.1, "tries": 1}}
     Path("params.yaml").write_text(yaml.safe_dump(settings))
     write_table(index.SCANS_TABLE, "scans", index.index([database]))

@@ -20,6 +20,7 @@ from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.jobs import Job, Slurm
 from data_registry.params import Resources, load_params
+from data_registry.schema import read_table
 from lod_model import launch, weights
 from lod_model.data import all_folds
 from lod_model.train import finished, fold_folder, train, training_identity
@@ -182,6 +183,9 @@ def test_folds_are_an_array_that_dvc_waits_for(project, tmp_path, monkeypatch):
         assert steps == list(range(SETTINGS["train"]["fine"]["epochs"])) and status == "FINISHED"
     places = launch.submit_stage("sync", params)
     assert slurm.wait_for(places, cancel=set()) == {} and "nothing to send" in next(iter(places)).log.read_text()
+    assert slurm.wait_for(launch.submit_stage("evaluate", params), cancel=set()) == {}
+    results = read_table(project / "tables/results.parquet", "results").to_pylist()
+    assert {row["fold"] for row in results if row["run"] == RUN} == set(folds)
 
     for name in ("tables", "shards"):
         (tmp_path / name).symlink_to(project / name)
