@@ -135,14 +135,14 @@ def test_training_moves_every_parameter():
 
 
 def test_half_precision_comes_near_and_trains():
-    network, x = NeuroNet(SMALL).eval(), noise(1, 1, 8, 8, 16)
+    network, x = NeuroNet(SMALL).eval(), noise(1, 1, 16, 16, 32)  # of 2 × 2 × 4 voxels torch's bfloat16 gradient is now and then not finite
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = network(x)
         sum(logits.float().square().mean() for logits in half.values()).backward()
     for name, logits in network(x).items():
         assert half[name].dtype is torch.bfloat16
         torch.testing.assert_close(half[name].float(), logits, atol=0.05 * logits.std().item(), rtol=0.05)
-    assert all(p.grad.isfinite().all() for p in network.parameters())
+    assert [name for name, p in network.named_parameters() if not p.grad.isfinite().all()] == []
 
 
 def test_configuration_as_a_dict_and_back():
