@@ -37,9 +37,10 @@ def check_fit(labels: Volume, t1w: np.ndarray, placement: Placement) -> None:
     box = bounding_box(labels.data)
     labelled, first = labels.data[box], np.eye(4)
     first[:3, 3] = [part.start for part in box]
+    whole = tuple(slice(0, side) for side in labelled.shape)
 
     def sampled(affine: np.ndarray) -> np.ndarray:
-        return resample_nearest(labelled, np.linalg.inv(affine @ first) @ to_world, image.shape)
+        return resample_nearest(labelled, np.linalg.inv(affine @ first) @ to_world, image.shape, box=whole)
 
     ids = sampled(labels.affine)
     on_head = (image > _dark(image))[ids > 0]

@@ -40,8 +40,10 @@ def is_whole(to_input: np.ndarray) -> bool:
     return bool(np.abs(to_input - np.rint(to_input)).max() < 1e-6 and abs(abs(np.linalg.det(to_input)) - 1) < 1e-6)
 
 
-def resample_nearest(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Nearest voxel of ``data`` for every output voxel, any affine; 0 outside. Half-way positions go up."""
+def resample_nearest(
+    data: np.ndarray, to_input: np.ndarray, shape: tuple[int, ...], *, box: tuple[slice, ...] | None = None
+) -> np.ndarray:
+    """Nearest voxel of ``data`` for every output voxel, any affine; 0 outside. Half-way positions go up. ``box``: where it is not 0, if known."""
     linear = to_input[:3, :3]
     off_axis = np.abs(linear).sum() - np.abs(linear).max(axis=0).sum()
     if off_axis * max(shape) < 1e-3:
@@ -52,7 +54,7 @@ def resample_nearest(data: np.ndarray, to_input: np.ndarray, shape: tuple[int, .
             out = _taken(out, index, axis)
         return in_c_order(out)
     out = np.zeros(shape, dtype=data.dtype)
-    box = _reached(bounding_box(data), to_input, shape)  # all else stays 0
+    box = _reached(bounding_box(data) if box is None else box, to_input, shape)  # all else stays 0
     plane = np.stack(np.meshgrid(*(np.arange(s.start, s.stop) for s in box[1:]), indexing="ij"))  # (2, h, w)
     in_plane = np.tensordot(linear[:, 1:], plane, axes=1) + to_input[:3, 3][:, None, None]  # (3, h, w)
     size = np.array(data.shape)[:, None, None]
