@@ -89,14 +89,15 @@ def index(
 
 def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> list[dict]:
     """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict."""
-    gone, rows, before = withdrawn(), [], len(checks)
+    gone, rows = withdrawn(), []
     left_out = [name for name in databases if gone.has(name)]
     for name, root in databases.items():
         if name not in left_out:
             rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None, gone=gone)
-    if left_out or any(check.withdrawn for check in checks[before:]):
+    scans = sum(check.withdrawn for check in checks)
+    if left_out or scans:
         log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
-                 f" ({', '.join(left_out)})" * bool(left_out), sum(check.withdrawn for check in checks[before:]))  # fmt: skip
+                 f" ({', '.join(left_out)})" * bool(left_out), scans)  # fmt: skip
     return rows
 
 
@@ -124,9 +125,10 @@ def _is_database(path: Path) -> bool:
 
 
 def index_database(
-    database: Database, root: Path, checks: list[Reconciliation], *, labels: Path | None = None, gone: Withdrawn = Withdrawn()  # noqa: B008
+    database: Database, root: Path, checks: list[Reconciliation], *, labels: Path | None, gone: Withdrawn
 ) -> list[dict]:
-    """Rows of one database, without hashes; conflicts are added to ``checks``; ``labels``: a second root of its label maps; ``gone``: who is."""
+    """Rows of one database, without hashes; its conflicts are added to ``checks``. ``labels``: a second root of its label maps; ``gone``: who
+    was withdrawn, and is passed over."""
     import bids2table  # 0.1 s, and its schema files: not for --help
 
     files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
