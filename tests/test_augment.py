@@ -192,3 +192,21 @@ def test_voxels_left_out_stay_so_and_move_along(preset):
     gone = before[1] if np.allclose(moved[2], before[2]) else before[2]      # mirrored or not
     np.testing.assert_allclose(1 - moved.sum(0), gone, atol=1e-5)
     np.testing.assert_allclose(moved[0], before[0], atol=1e-5)
+
+
+def test_a_flip_swaps_sided_classes():
+    image = np.zeros((8, 8, 8), np.uint8)
+    image[:4] = 200
+    target = np.where(image > 0, 1, 2).astype(np.uint8)
+    mirrored = np.array([0, 2, 1])  # classes 1 and 2 are left and right of one structure
+    seeds = [sample_seed(0, epoch, "s") for epoch in range(40)]
+    seen = set()
+    for seed in seeds:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(PRESETS, "light", lambda shape, voxel_mm: Variant())
+            moved_image, moved = augment(image, target, preset="light", seed=seed, mirrored=mirrored)
+        flipped = moved_image[0, 0, 0] == 0
+        seen.add(bool(flipped))
+        assert np.array_equal(moved, target)  # swapped sides and swapped names: the same map
+        assert np.array_equal(moved_image, image[::-1] if flipped else image)
+    assert seen == {True, False}

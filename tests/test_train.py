@@ -14,13 +14,11 @@ from small_heads import CHECKOUT, add_subject, run
 from data_registry import protocol
 from data_registry.errors import InputError
 from data_registry.files import sha256
-from data_registry.params import Train, load_params
+from data_registry.params import load_params
 from data_registry.schema import read_table
-from lod_model import evaluate, networks, weights
-from lod_model.augment import PRESETS, Variant, augment, sample_seed
-from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds, epoch_order
+from lod_model import evaluate, weights
+from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds
 from lod_model.module import VolumeModule
-from lod_model.networks.recipe import LOD_BRAIN
 from lod_model.train import fold_folder, train
 
 PARAMS = """
@@ -274,24 +272,6 @@ def test_a_sample_depends_on_seed_epoch_and_name_alone(inside, level):
         assert torch.allclose(first["target"].sum(0), torch.ones(()), atol=1e-4)
 
 
-def test_a_flip_swaps_sided_classes():
-    image = np.zeros((8, 8, 8), np.uint8)
-    image[:4] = 200
-    target = np.where(image > 0, 1, 2).astype(np.uint8)
-    mirrored = np.array([0, 2, 1])  # classes 1 and 2 are left and right of one structure
-    seeds = [sample_seed(0, epoch, "s") for epoch in range(40)]
-    seen = set()
-    for seed in seeds:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(PRESETS, "light", lambda shape, voxel_mm: Variant())
-            moved_image, moved = augment(image, target, preset="light", seed=seed, mirrored=mirrored)
-        flipped = moved_image[0, 0, 0] == 0
-        seen.add(bool(flipped))
-        assert np.array_equal(moved, target)  # swapped sides and swapped names: the same map
-        assert np.array_equal(moved_image, image[::-1] if flipped else image)
-    assert seen == {True, False}
-
-
 def test_a_network_without_a_coarse_stage_trains_its_fine_one(project, tmp_path, monkeypatch):
     """The plain U-Net under the same settings: no coarse stage, everything else as ever."""
     for name in ("tables", "shards"):
@@ -304,23 +284,6 @@ def test_a_network_without_a_coarse_stage_trains_its_fine_one(project, tmp_path,
     assert found.name == "unet" and found.network.config.widths == (2, 4, 8) and list(stages) == ["fine"]
     losses = [row["train_loss"] for row in stages["fine"]["history"]]
     assert len(losses) == 4 and losses[-1] < losses[0]
-
-
-def test_few_scans_are_passed_through_several_times(inside):
-    scans = all_folds()[0]["train"][:3]
-    order = EpochOrder(scans, seed=5, at_least=7)
-    order.set_epoch(4)
-    keys = list(order)
-    assert len(keys) == len(order) == 9 and len(set(keys)) == 9  # never the same draw twice
-    assert [sorted(i for n, i in keys if n == number) for number in (12, 13, 14)] == [[0, 1, 2]] * 3
-
-
-def test_order_is_a_pure_function(inside):
-    scans = all_folds()[0]["train"]
-    order = EpochOrder(scans, seed=5)
-    order.set_epoch(2)
-    assert list(order) == list(order) and sorted(i for _, i in order) == list(range(len(scans)))
-    assert not np.array_equal(epoch_order(["a"] * 20, 5, 2, 1.0), epoch_order(["a"] * 20, 5, 3, 1.0))
 
 
 def test_augmenting_before_pooling_is_the_same_without_augmentation(inside):
@@ -356,33 +319,6 @@ def test_windows_are_a_function_of_seed_epoch_and_name(inside):
         seen.add((d, h, w))
     assert len(seen) > 1
     assert "window" not in made[0][6, 1] and made[0][6, 1]["target"].shape == whole[6, 1]["target"].shape
-
-
-def test_every_window_with_a_label_is_equally_likely():
-    """One labelled voxel at (4, 4, 4) of 12³: windows of 8 from multiples of 4 hold it from 0 and 4 along each axis, eight in all."""
-    classes = np.zeros((12, 12, 12), np.uint8)
-    classes[4, 4, 4] = 2
-    drawn = [tuple(Windows(8, 4).first(classes, seed, where="")) for seed in range(800)]
-    counts = {place: drawn.count(place) for place in set(drawn)}
-    assert set(counts) == {(d, h, w) for d in (0, 4) for h in (0, 4) for w in (0, 4)} and min(counts.values()) > 60
-    assert len({tuple(Windows(8, 4).first(classes * 0, seed, where="")) for seed in range(100)}) == 8    # nothing labelled: anywhere
-    with pytest.raises(InputError, match="train.fine_patch is 16: sub-01 has 12 × 12 × 12 voxels; null or at most 12 is wanted"):
-        Windows(16, 4).first(classes, 0, where="sub-01")
-
-
-def test_the_loss_of_windows_is_the_mean_of_each_scans_own():
-    net = networks.build("lod_brain", {"widths": [2, 4, 8], "dropout": 0.0})
-    module = VolumeModule(net, level="fine", settings=Train(), recipe=LOD_BRAIN)
-    generator = torch.Generator().manual_seed(0)
-    image, labels = torch.randn(2, 1, 16, 16, 16, generator=generator), torch.randint(0, 3, (2, 16, 16, 16), generator=generator)
-    first = torch.tensor([[0, 8, 0], [8, 0, 8]])
-    targets = torch.stack([labels[0, :8, 8:, :8], labels[1, 8:, :8, 8:]])
-    by_hand = []
-    for i, box in enumerate(((slice(0, 8), slice(8, 16), slice(0, 8)), (slice(8, 16), slice(0, 8), slice(8, 16)))):
-        p = net.forward_window(image[i : i + 1], box).softmax(1)[0]
-        dice = [2 * p[c][targets[i] == c].sum() / (p[c].square().sum() + (targets[i] == c).sum()) for c in range(3)]   # of 7, three are there
-        by_hand.append(1 - sum(dice) / 3)
-    assert module.loss({"image": image, "target": targets, "window": first}).item() == pytest.approx((sum(by_hand) / 2).item(), abs=1e-5)
 
 
 def test_windows_then_whole_heads_with_checkpoints_and_a_frozen_level(project, tmp_path, monkeypatch):
