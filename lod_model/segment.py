@@ -35,6 +35,7 @@ from data_registry.conform import Conformed, labels_to_native, parse_grid, proba
 from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.intensity import prepare
+from data_registry.quality_rules import MAX_CUT_CM2
 from data_registry.volume import Volume, load_image
 from lod_model import postprocess as cleaning
 from lod_model import weights as weight_files
@@ -49,7 +50,7 @@ from lod_model.segment_outputs import (
     write_outputs,
     write_sidecar,
 )  # fmt: skip
-from lod_model.verdict import MAX_CUT_CM2, cut_cm2, judge, volumes_ml
+from lod_model.verdict import cut_cm2, judge, volumes_ml
 
 _LOG = logging.getLogger(__name__)
 _SKIPPED_FOLDERS = ("derivatives", "sourcedata")

@@ -23,10 +23,10 @@ from typing import Literal
 import numpy as np
 
 from data_registry.protocol import Protocol
+from data_registry.quality_rules import ADULT_ML, FAIL_CUT_CM2, MAX_CUT_CM2, MIN_CNR
 from data_registry.volume import Volume
 from lod_model import metrics
 
-BRAIN_ML = (750.0, 1900.0)
 NOT_BRAIN = ("ventricles",)
 CLASS_ML: Mapping[str, tuple[float, float]] = {
     "grey matter": (211.0, 1022.0),
@@ -37,9 +37,6 @@ CLASS_ML: Mapping[str, tuple[float, float]] = {
     "brainstem": (12.0, 50.0),
 }
 MAX_MISSING = 0.1
-MIN_CONTRAST = 1.0
-MAX_CUT_CM2 = 2.0
-FAIL_CUT_CM2 = 50.0
 _OPPOSITE = {"L": "R", "R": "L", "P": "A", "A": "P", "I": "S", "S": "I"}
 _FACE = {"L": "left", "R": "right", "P": "posterior", "A": "anterior", "I": "inferior", "S": "superior"}
 
@@ -109,7 +106,7 @@ def contrast(classes: np.ndarray, scan: Volume, protocol: Protocol) -> float:
 
 def _brain_volume(volumes: Mapping[str, float]) -> list[str]:
     total = sum(ml for name, ml in volumes.items() if name not in NOT_BRAIN)
-    low, high = BRAIN_ML
+    low, high = ADULT_ML
     return [] if low <= total <= high else [f"the brain has {total:.0f} mL; {low:.0f} to {high:.0f} mL are expected of a whole human brain"]
 
 
@@ -123,9 +120,9 @@ def _class_volumes(volumes: Mapping[str, float]) -> list[str]:
 
 def _contrast(classes: np.ndarray, scan: Volume, protocol: Protocol) -> list[str]:
     figure = contrast(classes, scan, protocol)
-    if np.isnan(figure) or figure >= MIN_CONTRAST:  # a missing class has its own sentence
+    if np.isnan(figure) or figure >= MIN_CNR:  # a missing class has its own sentence
         return []
     return [
         f"white matter is {figure:.2f} standard deviations brighter than grey matter; "
-        f"at least {MIN_CONTRAST} is expected of a T1w (another contrast, or strong noise?)"
+        f"at least {MIN_CNR} is expected of a T1w (another contrast, or strong noise?)"
     ]
