@@ -42,6 +42,7 @@ KINDS = {
     "missing column": (MISSING, "participants.tsv has no column that is read for it."),
     "missing row": (MISSING, "Scanned subjects that participants.tsv does not name."),
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
+    "folder without scan": (MISSING, "Folders sub-* without a T1w, of whom participants.tsv does not tell, or whose name is no subject's."),
     "missing value": (MISSING, "Nothing is written, and the catalogue knows nothing either."),
     "from the catalogue": (BY_RULE, "The sidecars say nothing that is clear; the catalogue's value of the site is taken."),
     "column taken": (BY_RULE, "A column of another name was read."),

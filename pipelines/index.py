@@ -8,7 +8,6 @@ hashes the raw data. A scan that cannot be used keeps its row, with the reason; 
 """
 
 import csv
-import json
 import logging
 import os
 import re
@@ -29,8 +28,10 @@ from data_registry.ledgers import WITHDRAWN, Withdrawn, withdrawn
 from data_registry.params import Index, load_params
 from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
+from pipelines.bids_files import T1w, find_t1w
 from pipelines.conflicts import write_conflicts
 from pipelines.reconcile import Reconciliation
+from pipelines.reconcile_scanners import merged
 
 log = logging.getLogger("lodbrain.index")
 HASH_CACHE = Path("cache/hashes.parquet")
@@ -129,33 +130,32 @@ def index_database(
 ) -> list[dict]:
     """Rows of one database, without hashes; its conflicts are added to ``checks``. ``labels``: a second root of its label maps; ``gone``: who
     was withdrawn, and is passed over."""
-    import bids2table  # 0.1 s, and its schema files: not for --help
-
-    files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
+    files, without = find_t1w(root)
     if not files:
         raise InputError(f"{root}: no T1w in it; sub-*/[ses-*/]anat/*_T1w.nii.gz is wanted")
     if not database.known:
         log.info("%s is not in the catalogue: taken as one site, named after it", database.name)
     people = _Participants(root, database)
-    there = [entry for entry in files if not gone.has(database.name, entry["sub"])]
+    there = [t1w for t1w in files if not gone.has(database.name, t1w.subject)]
+    without = {folder: why for folder, why in without.items() if not gone.has(database.name, folder.removeprefix("sub-"))}
     known = {subject: rows for subject, rows in people.rows.items() if not gone.has(database.name, subject)}
-    check = Reconciliation(database, root, people.header, known, withdrawn=len(files) - len(there))
+    check = Reconciliation(database, root, people.header, known, without=without, withdrawn=len(files) - len(there))
     checks.append(check)
     rows, given = [], set()
-    for entry in sorted(there, key=lambda entry: entry["path"]):
-        subject, session, name = entry["sub"], entry["ses"] or "", scan_name(entry["path"])
-        sidecar, reason = _sidecar(root / entry["path"])
-        site, site_reason = people.site(subject, sidecar)
+    for t1w in there:
+        subject, session, name = t1w.subject, t1w.session, scan_name(t1w.path)
+        sidecars, reason = check.sidecars(t1w)
+        site, site_reason = people.site(subject, merged(sidecars))
         place = database.sites.get(site)
         row = {
             "scan_id": f"{database.name}_{name}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
             "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": people.family(subject),
-            "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
-            "reason": site_reason or reason,
+            "t1w_path": t1w.path, "t1w_sha256": None, "labels": [],
+            "reason": site_reason or reason or _misplaced(t1w),
         }  # fmt: skip
-        row |= check.facts(row, sidecar)
+        row |= check.facts(row, sidecars)
         for base in (root, labels) if labels else (root,):
             for source, file in find_labels(base, subject, session, scan=name).items():
                 if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
@@ -226,17 +226,15 @@ class _Participants:
         return f"{self.database.name}/{family}" if family not in ("", "n/a") else None
 
 
-def _sidecar(path: Path) -> tuple[dict, str | None]:
-    """A T1w's JSON metadata, BIDS's inheritance included, and why the scan is quarantined if its own sidecar cannot be read."""
-    from bids2table import load_bids_metadata
-
-    sidecar = path.with_name(path.name.split(".")[0] + ".json")
-    try:
-        if sidecar.is_file():
-            json.loads(sidecar.read_text(encoding="utf-8"))  # bids2table passes over what it cannot read
-        return load_bids_metadata(path), None
-    except (OSError, ValueError) as error:
-        return {}, f"{sidecar}: not valid JSON ({error}); a sidecar or none is wanted"
+def _misplaced(t1w: T1w) -> str | None:
+    """Why a T1w is quarantined whose name and folders tell of two subjects or sessions."""
+    folders = t1w.path.split("/")[:-1]
+    told = {"sub": t1w.subject, "ses": t1w.session}
+    for folder in folders:
+        entity, _, value = folder.partition("-")
+        if told.get(entity, "") not in ("", value):
+            return f"{t1w.path}: its name says {entity}-{told[entity]}, its folder {folder}; one of the two is wanted"
+    return None
 
 
 def _tell_apart(rows: list[dict]) -> None:

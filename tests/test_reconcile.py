@@ -194,11 +194,39 @@ def test_a_sidecar_against_the_one_it_inherits(tmp_path, reconcile):
     assert [(row["expected"], row["found"]) for row in near] == [("3 in T1w.json", "1.5")]
 
 
+def test_sidecars_between_the_root_and_the_scan(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01/1": {}, "02/1": {}, "03": SIEMENS}, T1w={"MagneticFieldStrength": 3})
+    (root / "sub-01/ses-1/sub-01_ses-1_T1w.json").write_text('{"MagneticFieldStrength": 1.5}')
+    (root / "sub-02/sub-02_T1w.json").write_text("[3]")
+    rows, found = reconcile(root)
+    assert [row["field_strength_tesla"] for row in rows.values()] == [1.5, 3, 3] and not any(row["reason"] for row in rows.values())
+    (odd,) = [row for row in found if row["kind"] == "contradicting sidecars" and row["subject"] == "01"]
+    assert (odd["expected"], odd["found"]) == ("3 in T1w.json", "1.5")
+    assert kinds(found, file="sub-02/sub-02_T1w.json")["unreadable file: sub-02/sub-02_T1w.json"].startswith("a list")
+
+
+def test_folders_without_a_scan_and_files_in_anothers_folder(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01": SIEMENS, "02": SIEMENS}, TABLE + "sub-01\tA\t30\tF\nsub-02\tA\t30\tF\nsub-04\tA\t30\tF\n")
+    for folder in ("sub-03", "sub-04", "sub-01 old"):
+        (root / folder / "func").mkdir(parents=True)
+    (root / "sub-02/anat/sub-02_T1w.nii.gz").rename(root / "sub-02/anat/sub-05_T1w.nii.gz")
+    rows, found = reconcile(root)
+    assert rows["05"]["reason"] == "sub-02/anat/sub-05_T1w.nii.gz: its name says sub-05, its folder sub-02; one of the two is wanted"
+    assert rows["01"]["reason"] is None
+    assert kinds(found, file="sub-03") == {"folder without scan: subject": "a folder without a T1w"}
+    assert kinds(found, file="sub-01 old") == {"folder without scan: subject": "a name that is no subject's"}
+    assert kinds(found, file="sub-04") == {} and kinds(found, subject="04") == {"row without scan: subject": "none"}
+
+
 def test_a_folder_with_mixed_sites(tmp_path, reconcile):
     told = {"01": {"InstitutionName": "UZ Gent"}, "02": {"InstitutionName": "uz_gent"}, "03": {"InstitutionName": "MGH"}}
+    told["01"]["DeviceSerialNumber"], told["02"]["DeviceSerialNumber"] = "35343", 35426
     table = "participant_id\tsite\nsub-01\tx\nsub-02\tx\nsub-03\ty\n"
     _, found = reconcile(make(tmp_path / "pilot", told, table))
-    assert kinds(found, kind="mixed sites") == {"mixed sites: InstitutionName": "UZ Gent (2), MGH (1)", "mixed sites: site": "2 values: x, y"}
+    assert kinds(found, kind="mixed sites") == {
+        "mixed sites: InstitutionName": "UZ Gent (2), MGH (1)", "mixed sites: site": "2 values: x, y",
+        "mixed sites: DeviceSerialNumber": "35343 (1), 35426 (1)",
+    }  # fmt: skip
     assert "site_rule: {participants: site} would part them" in {row["done"].split("; ")[1] for row in found if row["field"] == "site"}
 
 
