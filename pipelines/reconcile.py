@@ -4,6 +4,7 @@ The index asks :class:`Reconciliation` for each scan's age, sex, maker, model an
 written leaves a conflict. Nothing is guessed: an unclear value is null.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -57,14 +58,16 @@ class Reconciliation:
 
     def finish(self, rows: list[dict]) -> None:
         """Compare what the whole database came to, its ``rows`` of the scans table, with the catalogue."""
-        self.rows = rows
+        self.rows, root = rows, self._notes.root
         for row in rows:
             about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}
             if row["site"] not in self.database.sites:
                 done = f"quarantined: {row['reason']}"
                 self._notes.add("unknown site", "site", expected="a site of the catalogue", found=row["site"], done=done, **about)
             elif row["reason"]:
-                self._notes.add("quarantined", "t1w", found=row["reason"], done="left out of every later stage", **about)
+                file, _, why = row["reason"].removeprefix(f"{root}/").partition(": ")
+                told = {"file": file, "found": why} if why and os.path.lexists(root / file) else {"found": row["reason"]}
+                self._notes.add("quarantined", "t1w", done="left out of every later stage", **about | told)
         self._scanners.finish()
         self._count(rows)
         self._check_licence()

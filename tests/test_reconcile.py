@@ -147,6 +147,25 @@ def test_people(tmp_path, reconcile):
     assert known == {"01": (None, "F"), "02": (None, None), "03": (70, "F"), "04": (None, None), "05": (None, "M"), "06": (30, "M")}
 
 
+def test_a_column_that_stands_twice_says_nothing_where_the_two_differ(tmp_path, reconcile):
+    rows, found = reconcile(make(tmp_path / "pilot", {"01": None, "02": None}, "participant_id\tage\tage\nsub-01\t30\t40\nsub-02\t31\t31\n"))
+    assert (rows["01"]["age_years"], rows["02"]["age_years"]) == (None, 31)
+    assert kinds(found, subject="01", kind="contradicting rows") == {"contradicting rows: age_years": "age 30, age (2) 40"}
+
+
+def test_quarantined_scans_name_the_file_and_share_a_line_of_the_page(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01": None, "02": None, "03": {}, "04": None})
+    for subject in ("01", "02"):
+        (root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz").write_bytes(b"")
+    (root / "sub-03/anat/sub-03_T1w.json").write_text("{")
+    _, found = reconcile(root)
+    bad = {row["file"]: row["found"] for row in found if row["kind"] == "quarantined"}
+    assert list(bad) == ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_T1w.json"]
+    assert set(bad.values()) == {"an empty file; a volume is wanted", bad["sub-03/anat/sub-03_T1w.json"]}
+    assert "not valid JSON" in bad["sub-03/anat/sub-03_T1w.json"]
+    assert conflicts.CONFLICTS_HTML.read_text().count("an empty file; a volume is wanted") == 1
+
+
 def test_declared_units_codes_and_columns_of_a_session(tmp_path, reconcile):
     table = "participant_id\tGender\t age (months)\tage_ses-2\nsub-01\t1\t24\t36\nsub-02\t2\t30\tn/a\nsub-03\t3\t12\tn/a\n"
     described = {"Gender": {"Levels": {"1": "Male", "2": "female"}}, "age (months)": {"Units": "months"}, "age_ses-2": {"Units": "Months"}}
