@@ -15,8 +15,10 @@ from pipelines.reconcile_people import YEARS_OF_RANGE
 
 CONFLICTS_TSV = Path("tables/conflicts.tsv")
 CONFLICTS_HTML = Path("tables/conflicts.html")
-EXAMPLES = 6
-"""Lines of one kind and database that the page shows."""
+EXAMPLES = 12
+"""Lines of one kind and database that the page shows, those of most scans."""
+SITES_NAMED = 2
+"""Sites that a line of the page names."""
 DECIDE, MISSING, BY_RULE = "To decide", "Missing", "Changed or chosen by rule"
 KINDS = {
     "unknown site": (DECIDE, "The site is not in the catalogue, or the rule gives none. The scans are left out; name the site in the catalogue."),
@@ -33,12 +35,12 @@ KINDS = {
     "age out of range": (DECIDE, f"More than {YEARS_OF_RANGE:g} year outside what is published of the site. Kept."),
     "age unclear": (DECIDE, "A range, a bound or several ages where one number is wanted."),
     "sex unclear": (DECIDE, "Neither F, M nor a word for them. Codes are read as participants.json (Levels) or the catalogue (sex_codes) declares."),
-    "field strength unclear": (DECIDE, "Not near 1, 1.5, 3 or 7 T and no other nominal value, or not in tesla."),
+    "field strength unclear": (DECIDE, "Near no nominal value, or not in tesla. The catalogue's stands, if the site has one."),
     "unknown manufacturer": (DECIDE, "A maker that no spelling is known for."),
     "licence": (DECIDE, "dataset_description.json and the catalogue do not agree, or the catalogue names none."),
     "uneven row": (DECIDE, "Rows of participants.tsv with more or fewer cells than the header, or without a participant."),
     "unreadable file": (DECIDE, "Descriptions that cannot be read. A scan's own sidecar that cannot be read stands under quarantined."),
-    "missing table": (MISSING, "No participants.tsv."),
+    "missing table": (MISSING, "No participants.tsv, or nothing in it."),
     "missing column": (MISSING, "participants.tsv has no column that is read for it."),
     "missing row": (MISSING, "Scanned subjects that participants.tsv does not name."),
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
@@ -131,7 +133,7 @@ def _page(checks: list[Reconciliation], rows: list[dict]) -> str:
     for kind, (group, meaning) in KINDS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
         if of_kind:
-            lines, place = _alike(of_kind), Counter()
+            lines, place = sorted(_alike(of_kind), key=lambda line: (line["database"], -line["of"])), Counter()
             for line in lines:
                 place[line["database"]] += 1
                 line["place"] = place[line["database"]]
@@ -145,10 +147,21 @@ def _page(checks: list[Reconciliation], rows: list[dict]) -> str:
 
 
 def _alike(rows: list[dict]) -> list[dict]:
-    """A line for what is the same but for the scan: how many rows, and the first."""
+    """A line for what is the same but for site, scan and person: of how many scans, and the first."""
     lines: dict[tuple, dict] = {}
     for row in rows:
-        line = lines.setdefault(tuple(row[name] for name in ("database", "site", "field", "expected", "found", "done")), row | {"times": 0, "of": 0})
-        line["times"] += 1
+        key = (*(row[name] for name in ("database", "field", "expected", "found", "done")), row["site"] if row["field"] == "site" else None)
+        line = lines.setdefault(key, row | {"of": 0, "sites": {}, "times": 0})
         line["of"] += int(row["scans"])
+        line["times"] += 1
+        line["sites"][row["site"]] = None
+    for line in lines.values():
+        sites = [site for site in line["sites"] if site != "n/a"]
+        line["site"] = ", ".join(sites[:SITES_NAMED]) + _and_more(len(sites) - SITES_NAMED)
+        first = [line["scan"], f"sub-{line['subject']}" if line["subject"] != "n/a" else "n/a", line["file"], ""]
+        line["first"] = next(name for name in first if name != "n/a") + ("" if line["of"] else _and_more(line["times"] - 1))
     return list(lines.values())
+
+
+def _and_more(number: int) -> str:
+    return f" and {number} more" if number > 0 else ""

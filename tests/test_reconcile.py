@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -280,6 +281,21 @@ def test_missing_tables_columns_rows_and_cells(tmp_path, reconcile):
     assert there["missing column: age_years"] == "only AgeMRI_W1" and "missing column: sex" in there
     assert there["missing row: participants.tsv"] == "no row" and there["uneven row: participants.tsv"] == "more cells"
     assert there["uneven row: participant_id"] == "1 rows without it" and "unreadable file: participants.json" in there
+
+
+def test_the_page_has_one_line_for_what_is_one_decision(tmp_path, reconcile):
+    """As ABIDE II, whose sex codes nobody declares: 60 rows of the table, at three sites, are two lines of the page."""
+    scans = [f"{number:02d}" for number in range(60)]
+    table = TABLE + "".join(f"sub-{one}\t{'ABC'[int(one) % 3]}\t30\t{1 + (one > '44')}\n" for one in scans) + "sub-x\tA\t1\tF\nsub-y\tA\t1\tF\n"
+    sites = dict.fromkeys("ABCD", Site(place="P")) | {"E": Site(place="Q")}
+    _, found = reconcile(make(tmp_path / "db", dict.fromkeys(scans), table), entry(sites=sites))
+    assert sum(row["kind"] == "sex unclear" for row in found) == 60
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", conflicts.CONFLICTS_HTML.read_text()))
+    done = "null; F or M, or a declared code, is wanted"
+    first, second = f"db A, B and 1 more sex F or M 1 {done} 45 db_sub-00", f"db A, B and 1 more sex F or M 2 {done} 15 db_sub-45"
+    assert page.index(first) < page.index(second)
+    assert "none no row in the scans table sub-x and 1 more" in page
+    assert "db D site scans 0" in page and "db E site scans 0" in page
 
 
 def test_files_are_the_same_bytes_anywhere_and_hold_any_text(tmp_path, reconcile):
