@@ -151,15 +151,15 @@ def _alike(rows: list[dict]) -> list[dict]:
     lines: dict[tuple, dict] = {}
     for row in rows:
         key = (*(row[name] for name in ("database", "field", "expected", "found", "done")), row["site"] if row["field"] == "site" else None)
-        line = lines.setdefault(key, row | {"of": 0, "sites": {}, "times": 0})
+        line = lines.setdefault(key, row | {"of": 0, "sites": {}, "names": {}})
         line["of"] += int(row["scans"])
-        line["times"] += 1
         line["sites"][row["site"]] = None
+        names = row["scan"], "n/a" if row["subject"] == "n/a" else f"sub-{row['subject']}", row["file"], ""
+        line["names"][next(name for name in names if name != "n/a")] = None
     for line in lines.values():
         sites = [site for site in line["sites"] if site != "n/a"]
         line["site"] = ", ".join(sites[:SITES_NAMED]) + _and_more(len(sites) - SITES_NAMED)
-        first = [line["scan"], f"sub-{line['subject']}" if line["subject"] != "n/a" else "n/a", line["file"], ""]
-        line["first"] = next(name for name in first if name != "n/a") + ("" if line["of"] else _and_more(line["times"] - 1))
+        line["first"] = next(iter(line["names"])) + ("" if line["of"] else _and_more(len(line["names"]) - 1))
     return list(lines.values())
 
 
