@@ -219,7 +219,7 @@ def check(
     wrong += [f"{name}: {what}" for name, what in findings(others + entries, whole=not own) if name in mine]
     for line in wrong:
         print(line)
-    found = "nothing is wrong" if not wrong else f"{_plural(len(wrong), 'line')} of what is"
+    found = _plural(len(wrong), "fault") if wrong else "nothing is wrong"
     print(f"{_plural(len(paths), 'file')}: {found}", file=sys.stderr)
     raise typer.Exit(1 if wrong else 0)
 
