@@ -295,7 +295,10 @@ def test_a_field_that_nobody_knows(tmp_path, path, known):
         ({"scans": 10**12}, "scans: 1000000000000 came; less than or equal to 10000000 is wanted"),
         ({"defaced": "yes"}, "defaced: 'yes' came; a valid boolean is wanted"),
         ({"redistribute": {"images": 1}}, "redistribute.images: 1 came; a valid boolean is wanted"),
-        ({"sites": {"A": WHOLE["sites"]["A"] | {"country": "Malte"}}}, "own.yaml: sites.A.country is 'Malte'; one of the countries Italy, Malta is wanted"),
+        (
+            {"sites": {"A": WHOLE["sites"]["A"] | {"country": "Malte"}}},
+            "own.yaml: sites.A.country is 'Malte'; one of the countries Italy, Malta is wanted",
+        ),
         ({"sites": {"A": None}}, "sites.A: None came; fields and their values are wanted"),
         ({"site_rule": {"single": "B"}}, "own.yaml: site_rule.single 'B' is no site; one of A is wanted"),
         ({"site_rule": {"prefix": "("}}, "site_rule: .* a regular expression in prefix is wanted"),
