@@ -4,6 +4,7 @@ The catalogue is read inside the commands, so that ``lodbrain --help`` answers a
 """
 
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -95,7 +96,7 @@ def _databases(*, everything: bool) -> list["Database"]:
 
 def _table(rows: Iterable[dict], *, folded: bool = False):
     """As wide as the terminal: a narrow one gets no countries and no terms of access; there, if not ``folded``, models stand without their
-    makers, and long names are cut."""
+    makers, universities as U., and long names are cut."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -107,14 +108,15 @@ def _table(rows: Iterable[dict], *, folded: bool = False):
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         justify = "right" if name in ("T", "scans", "age") else "left"
-        widest = 12 if brief and name == "site" else None
+        widest = {"site": 12, "scanner": 11}.get(name) if brief else None
         table.add_column(name, justify=justify, max_width=widest, no_wrap=name not in ("place", "scanner"))  # these two give way
     short = SHORT | {None: "-"}
     for row in rows:
         star = {name: "*" for name in row["unverified"]}
         scanner = " ".join(filter(None, (None if brief and row["model"] else row["manufacturer"], row["model"]))) or "-"
         cells = {
-            "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"), "place": row["place"],
+            "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"),
+            "place": re.sub(r"University( of)?\b", "U.", row["place"]) if brief else row["place"],
             "country": short.get(row["country"], row["country"]),
             "scanner": scanner + star.get("model", star.get("manufacturer", "")),
             "T": _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
