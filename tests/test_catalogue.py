@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_registry.catalogue import catalogue, find_database, load_database, read_database
+from data_registry.catalogue import canonical_manufacturer, catalogue, find_database, load_database, read_database
 from data_registry.catalogue_check import findings, lod_brain_table
 from data_registry.catalogue_schema import Ages, Database, LabelSource, LodBrainRow, Redistribution, Sexes, Site, SiteRule
 from data_registry.catalogue_sources import MUST_BE_SOURCED, standing, value_of
@@ -84,8 +84,25 @@ def test_the_table_is_the_published_one(test_data):
         sites = database.lod_brain[row["id"]].sites or list(database.sites)
         if row["country"]:
             assert {database.country_of(site) for site in sites} == {row["country"]}, row["id"]
-        if len(sites) == 1 and re.fullmatch(r"[\d.]+T", row["field_strength"]):
-            assert database.sites[sites[0]].field_strength_tesla == float(row["field_strength"][:-1]), row["id"]
+        scanners = [database.sites[site] for site in sites]
+        if row["field_strength"]:
+            published = {float(tesla[:-1]) for tesla in row["field_strength"].split(",")} | ({None} if len(sites) > 1 else set())
+            assert {site.field_strength_tesla for site in scanners} <= published, row["id"]
+        if row["manufacturer"]:
+            makers = {canonical_manufacturer(maker) for maker in row["manufacturer"].split(",")}
+            assert {site.manufacturer for site in scanners} <= makers | {None}, row["id"]
+        if len(sites) == 1:
+            assert_the_same_people(database, sites[0], row)
+
+
+def assert_the_same_people(database, site, row):
+    """Ages and sexes of a site, as far as they were read in LOD-Brain's table."""
+    age, sexes = (value_of(database, site, field) for field in ("age_years", "sexes"))
+    read = [bool(re.search("LOD-Brain", standing(database, site, field)[1] or "")) for field in ("age_years", "sexes")]
+    if age and read[0] and (published := re.match(r"([\d.]+) \+/-", row["age_mean_sd"])):
+        assert age.mean == float(published[1]), row["id"]
+    if sexes and read[1] and (published := re.fullmatch(r"F:(\d+)/M:(\d+)", row["sex"])):
+        assert (int(published[1]), int(published[2])) == (sexes.F, sexes.M), row["id"]
 
 
 def test_the_twelve_of_vinn_and_uk_biobank():
