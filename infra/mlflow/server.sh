@@ -79,7 +79,7 @@ down() {
     if running; then
         kill "$pid"
         for _ in $(seq 60); do running || break; sleep 0.25; done
-        running && kill -KILL -- "-$pid"
+        ! running || kill -KILL -- "-$pid" || :
     fi
     rm -f "$pid_file"
     if [ -f "$data/postmaster.pid" ]; then
