@@ -22,7 +22,12 @@ SHORT = {"United States": "USA", "United Kingdom": "UK", "registration": "regist
 NAMED = 40
 """Values that an error lists."""
 _OF_THE_DATABASE = ("access", "licence", "route", "state")
-_OF_THE_SITE = ("place", "manufacturer", "model", "field_strength_tesla", "voxel_mm", "scans")
+_OF_THE_SITE = {
+    "place": ["place"], "manufacturer": ["manufacturer"], "model": ["model"], "field_strength_tesla": ["field_strength_tesla"],
+    "voxel_mm": ["voxel_mm"], "subjects": ["subjects"], "scans": ["scans"], "age_years": ["age_mean_years", "age_min_years", "age_max_years"],
+    "sexes": ["female", "male"],
+}  # fmt: skip
+"""Field → columns that have their value from it."""
 
 
 def site_rows(databases: Iterable[Database]) -> list[dict]:
@@ -38,7 +43,9 @@ def _row(database: Database, name: str) -> dict:
     known = {field: getattr(site, field) or (getattr(database, field) if alone else None) for field in ("subjects", "scans", "age_years", "sexes")}
     age, sexes = known["age_years"], known["sexes"]
     unverified = [field for field in _OF_THE_DATABASE if standing(database, None, field)[0] == "unverified"]
-    unverified += [field for field in _OF_THE_SITE if standing(database, name, field)[0] == "unverified"]
+    for field, columns in _OF_THE_SITE.items():
+        lent = field in known and not getattr(site, field)
+        unverified += columns if standing(database, None if lent and alone else name, field)[0] == "unverified" else []
     return {
         "database": database.name, "site": name, "place": site.place, "country": database.country_of(name), "scanner": site.scanner,
         "manufacturer": site.manufacturer, "model": site.model, "field_strength_tesla": site.field_strength_tesla, "voxel_mm": site.voxel_mm,

@@ -112,15 +112,17 @@ def _table(rows: Iterable[dict], *, folded: bool = False):
         table.add_column(name, justify=justify, max_width=widest, no_wrap=name not in ("place", "scanner"))  # these two give way
     short = SHORT | {None: "-"}
     for row in rows:
-        star = {name: "*" for name in row["unverified"]}
+        star = dict.fromkeys(row["unverified"], "*")
+        place = re.sub(r"University( of)?\b", "U.", row["place"]) if brief else row["place"]
         scanner = " ".join(filter(None, (None if brief and row["model"] else row["manufacturer"], row["model"]))) or "-"
         cells = {
             "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"),
-            "place": re.sub(r"University( of)?\b", "U.", row["place"]) if brief else row["place"],
+            "place": place + star.get("place", ""),
             "country": short.get(row["country"], row["country"]),
             "scanner": scanner + star.get("model", star.get("manufacturer", "")),
             "T": _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
-            "scans": _number(row["scans"]), "age": _age(row), "access": short.get(row["access"], row["access"]) + star.get("access", ""),
+            "scans": _number(row["scans"]) + star.get("scans", ""), "age": _age(row) + star.get("age_mean_years", ""),
+            "access": short.get(row["access"], row["access"]) + star.get("access", ""),
         }  # fmt: skip
         table.add_row(*(cells[name] if folded else Text(cells[name], no_wrap=True, overflow="ellipsis") for name in columns))
     return table

@@ -103,6 +103,9 @@ def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list
                 rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None, gone=gone)
             except InputError as error:
                 unusable.append(str(error))
+            except OSError as error:
+                checks[:] = [check for check in checks if check.database.name != name]
+                unusable.append(f"{error.filename}: {error.strerror}; a readable folder is wanted")
     scans = sum(check.withdrawn for check in checks)
     if left_out or scans:
         log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),

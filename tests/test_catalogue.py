@@ -191,6 +191,15 @@ def test_the_exact_goes_before_the_star():
     assert standing(database.model_copy(update={"redistribute": Redistribution()}), None, "redistribute") == ("missing", None)
 
 
+def test_columns_that_no_document_confirms_are_named():
+    unverified = ["sites.*.place", "sites.*.scans", "sites.*.age_years", "sexes"]
+    (row,) = site_rows([Database.model_validate(WHOLE | {"unverified": unverified})])
+    assert row["unverified"] == ["place", "scans", "age_mean_years", "age_min_years", "age_max_years"]
+    alone = {"A": {key: value for key, value in WHOLE["sites"]["A"].items() if key != "sexes"}}  # the database lends it its own
+    (row,) = site_rows([Database.model_validate(WHOLE | {"unverified": unverified, "sites": alone})])
+    assert row["unverified"][-2:] == ["female", "male"] and row["female"] == 1
+
+
 def test_a_value_without_a_source_is_refused_and_with_the_mark_counts_as_missing(tmp_path):
     content = {key: value for key, value in WHOLE.items() if key not in ("source", "sources", "documents", "unverified")}
     line = refusal(written(tmp_path, content))

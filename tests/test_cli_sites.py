@@ -43,6 +43,13 @@ def test_a_table_with_options():
     assert len(unverified) == 1 and unverified[0].rstrip().endswith("agree*")
 
 
+def test_a_star_marks_what_no_document_confirms(monkeypatch):
+    row = json.loads(output("list", "--database", "bgsp", "--format", "json"))[0]
+    monkeypatch.setattr(cli_sites, "_width", lambda: 200)
+    (line,) = [line for line in cli_sites._drawn(cli_sites._table([row | {"unverified": ["place", "scans"]}])).splitlines() if "GSP" in line]
+    assert f"{row['place']}* " in line and f" {row['scans']}* " in line and line.count("*") == 2
+
+
 def test_words_of_the_table_and_accents_are_found_too():
     for words in (("--country", "usa"), ("--country", "UK"), ("--access", "register"), ("--place", "universite de montreal")):
         assert json.loads(output("list", *words, "--format", "json"))

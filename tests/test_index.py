@@ -120,6 +120,22 @@ def test_all_databases_that_cannot_be_used_are_named_at_once_and_the_others_are_
     assert "unknown database\tgood\t" in (tmp_path / "tables/conflicts.tsv").read_text() and not (tmp_path / "tables/scans.parquet").exists()
 
 
+def test_a_folder_that_cannot_be_read_stops_without_a_traceback(tmp_path, monkeypatch):
+    for name in ("closed", "open"):
+        make_database(tmp_path / "data" / name, subjects=("01",), participants="")
+
+    def find_labels(base, *_, **__):
+        if base.name == "closed":
+            raise PermissionError(13, "Permission denied", str(base / "derivatives"))
+        return {}
+
+    monkeypatch.setattr(stage, "find_labels", find_labels)
+    checks = []
+    with pytest.raises(InputError, match="closed/derivatives: Permission denied; a readable folder is wanted$"):
+        stage.index([tmp_path / "data"], checks=checks)
+    assert [(check.database.name, len(check.rows)) for check in checks] == [("open", 1)]
+
+
 def test_folders_beside_databases_are_named(tmp_path, caplog):
     make_database(tmp_path / "data" / "db", participants="")
     (tmp_path / "data/abide1/NYU/sub-01/anat").mkdir(parents=True)
