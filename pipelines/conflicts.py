@@ -46,6 +46,8 @@ KINDS = {
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
     "folder without scan": (MISSING, "Folders sub-* without a T1w, of whom participants.tsv does not tell, or whose name is no subject's."),
     "missing value": (MISSING, "Nothing is written, and the catalogue knows nothing either."),
+    "same file elsewhere": (BY_RULE, "The same bytes in another database: one person to the split. Two people need two files."),
+    "label of another scan": (BY_RULE, "One label map for several T1w of a subject: the first has it, as by the next the head has moved."),
     "from the catalogue": (BY_RULE, "The sidecars say nothing that is clear; the catalogue's value of the site is taken."),
     "column taken": (BY_RULE, "A column of another name was read."),
     "rounded": (BY_RULE, "A field strength near a nominal one: 2.89 T is sold as 3 T."),

@@ -77,7 +77,7 @@ def index(
     _tell_apart(rows)
     if not unusable:
         _hash_files(rows, databases)
-        _judge_same_content(rows)
+        _tell_of_shared(_judge_same_content(rows), checks)
     name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["scan_id"]):
@@ -187,7 +187,7 @@ def index_database(
         for base in (root, labels) if labels else (root,):
             for source, file in find_labels(base, subject, session, scan=name).items():
                 if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
-                    log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file)
+                    check.given_label(row, source)
                 elif source not in {label["source"] for label in row["labels"]}:
                     given.add(file)
                     row["labels"].append({"source": source, "path": str(file.relative_to(base) if base is root else file), "sha256": None})
@@ -262,12 +262,14 @@ def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
             pq.write_table(table, aside)
 
 
-def _judge_same_content(rows: list[dict]) -> None:
-    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person."""
+def _judge_same_content(rows: list[dict]) -> list[list[dict]]:
+    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person. Returned
+    are the latter, file by file."""
     by_content = defaultdict(list)
     for row in rows:
         if row["t1w_sha256"]:
             by_content[row["t1w_sha256"]].append(row)
+    shared = []
     for same in by_content.values():
         if len(same) < 2:
             continue
@@ -277,8 +279,18 @@ def _judge_same_content(rows: list[dict]) -> None:
                 others = ", ".join([other["scan_id"] for other in same[:4] if other is not row][:3]) + (" …" if len(same) > 4 else "")
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
-            log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            merge_people(rows, [{row["person"] for row in same}])
+            shared.append(same)
+    merge_people(rows, [{row["person"] for row in same} for same in shared])
+    return shared
+
+
+def _tell_of_shared(shared: list[list[dict]], checks: list[Reconciliation]) -> None:
+    of = {check.database.name: check for check in checks}
+    for same in shared:
+        for row in same:
+            of[row["database"]].same_file(row, [other["scan_id"] for other in same if other["database"] != row["database"]])
+    if shared:
+        log.warning("%d files lie in more than one database, and each is taken for one person's", len(shared))
 
 
 if __name__ == "__main__":

@@ -56,11 +56,20 @@ class Reconciliation:
         sidecars say."""
         return self._people.facts(row) | self._scanners.facts(row, sidecars)
 
+    def given_label(self, row: dict, source: str) -> None:
+        """A label map that ``row``, of the scans table, does not get, as an earlier T1w of the subject has it."""
+        self._notes.add("label of another scan", "labels", found=source, done="an earlier T1w of the subject has it alone", together=True,
+                        **_of_scan(row))  # fmt: skip
+
+    def same_file(self, row: dict, others: list[str]) -> None:
+        """Scans of other databases, by ``scan_id``, that are the same bytes."""
+        self._notes.add("same file elsewhere", "person", found=", ".join(others), done="one person in all of them", **_of_scan(row))
+
     def finish(self, rows: list[dict]) -> None:
         """Compare what the whole database came to, its ``rows`` of the scans table, with the catalogue."""
         self.rows, root = rows, self._notes.root
         for row in rows:
-            about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}
+            about = _of_scan(row)
             if row["site"] not in self.database.sites:
                 done = f"quarantined: {row['reason']}"
                 self._notes.add("unknown site", "site", expected="a site of the catalogue", found=row["site"], done=done, **about)
@@ -114,3 +123,7 @@ class Reconciliation:
         if self.database.known and licence != canonical_licence(known):
             done = "the catalogue's stands" if known else "listed here alone; the catalogue names none"
             self._notes.add("licence", found=licence, done=done, **about)
+
+
+def _of_scan(row: dict) -> dict:
+    return {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}

@@ -167,6 +167,22 @@ def test_quarantined_scans_name_the_file_and_share_a_line_of_the_page(tmp_path, 
     assert conflicts.CONFLICTS_HTML.read_text().count("an empty file; a volume is wanted") == 1
 
 
+def test_files_and_label_maps_that_two_scans_share_are_said(tmp_path):
+    for name in ("one", "two"):
+        root = make(tmp_path / "data" / name, {"01/1": None, "01/2": None, "02": None})
+        (root / "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz").write_bytes(b"the same")
+        (root / "derivatives/freesurfer/sub-01/mri").mkdir(parents=True)
+        (root / "derivatives/freesurfer/sub-01/mri/aseg.mgz").write_text(name)
+    checks: list = []
+    rows = stage.index([tmp_path / "data"], checks=checks)
+    assert {row["person"] for row in rows if row["subject"] == "01"} == {"one/01"}
+    found = conflicts.conflict_rows(checks)
+    same = {(row["scan"], row["found"]) for row in found if row["kind"] == "same file elsewhere"}
+    assert same == {("one_sub-01_ses-1", "two_sub-01_ses-1"), ("two_sub-01_ses-1", "one_sub-01_ses-1")}
+    labels = {(row["scan"], row["found"], row["scans"]) for row in found if row["kind"] == "label of another scan"}
+    assert labels == {("one_sub-01_ses-2", "aseg", "1"), ("two_sub-01_ses-2", "aseg", "1")}
+
+
 def test_declared_units_codes_and_columns_of_a_session(tmp_path, reconcile):
     table = "participant_id\tGender\t age (months)\tage_ses-2\nsub-01\t1\t24\t36\nsub-02\t2\t30\tn/a\nsub-03\t3\t12\tn/a\n"
     described = {"Gender": {"Levels": {"1": "Male", "2": "female"}}, "age (months)": {"Units": "months"}, "age_ses-2": {"Units": "Months"}}
