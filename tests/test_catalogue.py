@@ -24,7 +24,8 @@ WHOLE = {
     "name": "whole", "title": "every field filled", "corpus": False, "used_by": ["NeuroNet"], "countries": ["Italy", "Malta"], "licence": "CC0",
     "access": "open", "route": "a shop", "redistribute": {"images": True, "labels": True, "weights": False}, "state": "available",
     "citation": "A 2020", "doi": "10.1000/x", "sex_codes": {"1": "M", "2": "F"},
-    "labels": {"source": "FreeSurfer", "version": "7.1", "route": "s3://b/x", "subject": "A_(.+)"}, "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
+    "labels": {"source": "FreeSurfer", "version": "7.1", "route": "s3://b/x", "subject": "A_(.+)"},
+    "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
     "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40}, "sexes": {"F": 1, "M": 2}, "site_rule": {"prefix": "(A)"},
     "same_people": [{"database": "ixi"}],
     "sites": {"A": {
@@ -297,7 +298,7 @@ def test_a_field_that_nobody_knows(tmp_path, path, known):
         ({"site_rule": {"prefix": "("}}, "site_rule: .* a regular expression in prefix is wanted"),
         ({"site_rule": {"prefix": "A"}}, "with a group, the site, in prefix is wanted"),
         ({"labels": {"source": "s", "route": "s3://b/x"}}, "labels: .* came; route and subject are wanted both, or neither"),
-        ({"labels": {"source": "s", "route": "s3://b/x", "subject": "A"}}, "a regular expression with a group, the subject's label, in subject is wanted"),
+        ({"labels": {"source": "s", "route": "s3://b/x", "subject": "A"}}, "with a group, the subject's label, in subject is wanted"),
         ({"sites": {"A": {"place": "P"}, "B": {"place": "P", "folders": ["a"]}}}, "sites.B.folders has 'a', which is A; a folder of one site"),
         ({"site_rule": {}}, "exactly one of participants, sidecar, prefix, single is wanted"),
         ({"lod_brain": {"IXI": {"scans": 569, "sites": ["HH"]}}}, "lod_brain.IXI.sites names 'HH', which is no site; one of A is wanted"),
