@@ -34,24 +34,24 @@ def rows_by_subject(content: bytes, where: str, subjects: Collection[str]) -> di
     return {meant[label]: row for label, row in rows.items() if label in meant}
 
 
-def lines_of(table: bytes, subjects: Collection[str]) -> list[int]:
-    """Numbers, from 1, of a table's lines that speak of these subjects.
+def cells_of(table: bytes, subjects: Collection[str]) -> tuple[int, dict[int, str]]:
+    """(column of ids, line → cell) of a table's lines that speak of these subjects, both counted from 1.
 
-    >>> lines_of(b"age\\tparticipant_id\\n10\\tsub-1\\n30\\t10\\n", {"10"})
-    [3]
+    >>> cells_of(b"age\\tparticipant_id\\n10\\tsub-1\\n30\\t10\\n", {"10"})
+    (2, {3: '10'})
     """
-    lines = table.decode("utf-8-sig", errors="replace").split("\n")
-    column = next((number for number, cell in enumerate(lines[0].split("\t")) if cell.strip() == ID), None)
+    lines = [line.split("\t") for line in table.decode("utf-8-sig", errors="replace").split("\n")]
+    column = next((number for number, cell in enumerate(lines[0]) if cell.strip() == ID), None)
     if column is None:
-        return []
-    labels = {number: subject_of(cells[column]) for number, line in enumerate(lines[1:], 2) if len(cells := line.split("\t")) > column}
-    meant = _meant(set(labels.values()), subjects)
-    return [number for number, label in labels.items() if label in meant]
+        return 0, {}
+    cells = {number: line[column] for number, line in enumerate(lines[1:], 2) if len(line) > column}
+    meant = _meant(map(subject_of, cells.values()), subjects)
+    return column + 1, {number: cell for number, cell in cells.items() if subject_of(cell) in meant}
 
 
 def drop_people(path: Path, subjects: Collection[str]) -> bool:
     """Write a table again without these subjects' lines, if it has any; its other bytes stay."""
-    gone = set(lines_of(path.read_bytes(), subjects))
+    gone = cells_of(path.read_bytes(), subjects)[1]
     if gone:
         lines = path.read_bytes().split(b"\n")
         with replacing(path) as aside:

@@ -2,7 +2,7 @@
 
     python -m pipelines.withdraw abide1 --subject 0051456 --reason "asked for it"
 
-The tombstone in ``withdrawn.tsv`` comes first: from then on index, harmonise, fetch and the loaders pass over what it names, whatever
+The tombstone in ``withdrawn.tsv`` comes first: from then on index, harmonise, split, fetch and the loaders pass over what it names, whatever
 lies on disk. Then go, in this project: the scans' rows of all tables, their shards, copies of those, pictures and reports. A shard
 that holds others too is written again without them, to the bytes it would have if they had never been there; its scans are taken from the
 shard as it stands, so the raw files are not needed. All other shards stay as they are. The tables that say what there was are changed
@@ -91,6 +91,9 @@ def _refuse_unknown(database: str, subjects: list[str], scans: list[dict], param
     if database not in here | set(roots) | set(catalogue()) | {stone.database for stone in buried.tombstones}:
         raise InputError(f"{database}: no such database; one of {', '.join(sorted(here | set(roots))) or 'the catalogue'} is wanted")
     people = {row["subject"] for row in scans if row["database"] == database}
+    if subjects and not people and database not in roots:
+        log.warning("nobody of %s is in this project, so that labels cannot be checked: %s", database, ", ".join(subjects))
+        return
     for subject in subjects:
         on_disk = database in roots and any(roots[database].glob(f"sub-{subject}"))
         if subject not in people and not on_disk and (database, subject) not in {stone[:2] for stone in buried.tombstones}:

@@ -23,6 +23,8 @@ from data_registry.ledgers import Withdrawn, read_rows
 from data_registry.params import Params
 from data_registry.schema import read_table
 from data_registry.shards import read_metadata
+from pipelines.fetch_people import cells_of
+from pipelines.fetch_transfer import LEDGER
 from pipelines.index import find_databases, labels_folder
 from pipelines.people import PEOPLE_TABLE
 from pipelines.split import SPLIT_TABLE
@@ -58,7 +60,7 @@ def left_elsewhere(gone: Gone, params: Params) -> Iterator[str]:
     sections = {
         "The same person in another database, or under another name, not withdrawn by this": list(gone.same_people),
         "Raw files, and labels made of them; index passes over both": _raw_files(gone, params),
-        "Weights that saw them; train again without (dvc repro), then delete these and every copy that was given on": weights,
+        "Weights that saw them; delete these first, with every copy that was given on: `dvc repro` then trains anew without": weights,
         "Runs in MLflow, whose reports hold pictures and scores": _mlflow(params, hashes | {gone.data_hash} - {None}),
         "DVC's cache and remotes, once `dvc repro` has noted what is left; `dvc checkout` of an old dvc.lock brings them back": list(_dvc(gone)),
         "The object store of shards, and other machines' copies of them": list(_object_store(gone, params)),
@@ -112,15 +114,21 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
     for folder in folders:
         there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
         lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
-        tables = [path for name in ("participants.tsv", "sourcedata/*/participants.tsv", "fetched.tsv") for path in sorted(folder.glob(name))]
-        lines += [f"{path}: their rows" for path in tables if any(_names(path.read_bytes(), subject) for subject in gone.subjects)]
+        for table in (path for name in ("participants.tsv", "sourcedata/*/participants.tsv") for path in sorted(folder.glob(name))):
+            column, cells = cells_of(table.read_bytes(), gone.subjects)
+            if cells:
+                others = " && ".join(f"${column} != {json.dumps(cell, ensure_ascii=False)}" for cell in sorted(set(cells.values())))
+                lines.append(_filtered(f"awk -F'\\t' {shlex.quote(others)}", table))
+        for subject in gone.subjects:
+            theirs = re.compile(rf"sub-{re.escape(subject)}[/_]")
+            if (folder / LEDGER).is_file() and theirs.search((folder / LEDGER).read_text(encoding="utf-8", errors="replace")):
+                lines.append(_filtered(f"grep -vE {shlex.quote(theirs.pattern)}", folder / LEDGER))
     return lines
 
 
-def _names(table: bytes, subject: str) -> bool:
-    """Whether a table has a line of theirs, or names a file of theirs."""
-    label = re.escape(subject.encode())
-    return re.search(rb"^(sub-)?" + label + rb"(?=[\t\r\n]|$)|sub-" + label + rb"[/_]", table, re.M) is not None
+def _filtered(program: str, table: Path) -> str:
+    path = shlex.quote(str(table))
+    return f"{program} {path} > {path}.new && mv {path}.new {path}"
 
 
 def _weights(gone: Gone) -> tuple[list[str], frozenset[str]]:

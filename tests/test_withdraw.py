@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from subprocess import run as run_for_real
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -115,7 +116,7 @@ def test_stopped_at_any_moment_it_goes_on(copy, monkeypatch, step):
 
 def test_index_and_harmonise_pass_over_the_raw_files_for_ever(project, copy, caplog):
     Path("roots").symlink_to(project[0] / "roots")
-    old = Path("tables/scans.parquet").read_bytes()
+    old, samples = Path("tables/scans.parquet").read_bytes(), read_table("tables/samples.parquet", "samples").to_pylist()
     withdraw.withdraw("alpha", [GONE], "asked for it")
     with caplog.at_level("INFO", "lodbrain"):
         index.main()
@@ -124,6 +125,9 @@ def test_index_and_harmonise_pass_over_the_raw_files_for_ever(project, copy, cap
     Path("tables/scans.parquet").write_bytes(old)  # as `dvc checkout` of an old state would
     harmonise.harmonise()
     assert files("shards") == shards_of(copy)
+    write_table("tables/samples.parquet", "samples", samples)
+    split.main()
+    assert f"alpha_sub-{GONE}" not in {row["scan_id"] for row in read_table("tables/split.parquet", "split").to_pylist()}
     withdraw.withdraw("alpha", [], "agreement ended")
     caplog.clear()
     with caplog.at_level("INFO", "lodbrain"):
@@ -195,8 +199,6 @@ def test_in_an_object_store_and_its_cache(copy, tmp_path, capsys):
 def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     """Checkpoints, MLflow, DVC, the object store, the same person elsewhere, raw files, other projects."""
     Path("roots").symlink_to(project[0] / "roots")
-    others = b"participant_id\tage\nsub-100\t10\n"
-    assert [withdraw_reach._names(others + line, "10") for line in (b"", b"sub-10\t3\n", b"10\n")] == [False, True, True]
     run = Path("checkpoints/unet-base-0")
     for fold, seen in (("fold-0", f"alpha_sub-{GONE}"), ("fold-1", "beta_sub-00")):
         (run / fold).mkdir(parents=True)
@@ -271,18 +273,48 @@ def lab_cache() -> dict[str, str]:
     return found
 
 
+def test_the_commands_for_raw_tables_take_their_lines_and_no_others(copy, capsys):
+    tables = {
+        "participants.tsv": "age\tparticipant_id\r\n10\tsub-100\r\n30\tsub-10\r\n9\tsub-1\r\n",  # an age is no label
+        "sourcedata/a b/participants.tsv": "participant_id\tname\n10\tÄ\n010\tB\n",
+        "fetched.tsv": "path\tbytes\nsub-100/x\t1\nsub-10/anat/sub-10_T1w.nii.gz\t2\n",
+    }
+    for name, content in tables.items():
+        path = Path("roots/alpha", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
+    add_subject(Path("roots/alpha"), "00", seed=1)
+    withdraw.withdraw("alpha", [GONE], "asked for it")
+    said = capsys.readouterr().out
+    commands = [line for line in said.splitlines() if line.strip().startswith(("awk", "grep"))]
+    assert len(commands) == 3 and Path("roots/alpha/participants.tsv").read_text().count("sub-10\n") == 1
+    for _ in range(2):
+        run_for_real(["bash", "-euc", "\n".join(commands)], check=True)
+        left = {name: Path("roots/alpha", name).read_bytes().decode() for name in tables}
+        assert left == {
+            "participants.tsv": "age\tparticipant_id\r\n10\tsub-100\r\n9\tsub-1\r\n",
+            "sourcedata/a b/participants.tsv": "participant_id\tname\n010\tB\n", "fetched.tsv": "path\tbytes\nsub-100/x\t1\n",
+        }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("database", "subjects", "words"),
     [
         ("gamma", [], "gamma: no such database; one of alpha, beta is wanted"),
         ("alpha", ["nobody"], "--subject nobody: alpha has 4, e.g. "),
-        ("ixi", ["IXI002Guys0828"], "--subject IXI002Guys0828: ixi has nobody in this project"),
     ],
 )
 def test_a_slip_of_the_pen_withdraws_nothing(copy, database, subjects, words):
     with pytest.raises(InputError, match=words):
         withdraw.withdraw(database, subjects, "slip")
     assert not Path("withdrawn.tsv").exists()
+
+
+def test_a_person_of_a_database_that_is_not_here_yet(copy, caplog):
+    with caplog.at_level("WARNING", "lodbrain"):
+        withdraw.withdraw("ixi", ["IXI002Guys0828"], "asked for it")
+    assert "nobody of ixi is in this project, so that labels cannot be checked: IXI002Guys0828" in caplog.text
+    assert withdrawn().has("ixi", "IXI002Guys0828") and not withdrawn().has("ixi")
 
 
 def test_a_database_of_the_catalogue_before_it_comes(copy):
