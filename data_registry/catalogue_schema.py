@@ -13,7 +13,8 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
 Years = Annotated[Number, Field(ge=0, le=120)]
-Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+)$")]
+Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+|letter \d{4}-\d\d-\d\d, \S.*)$")]
+"""Of a document that can be cited; an owner's letter by its date, and by who wrote it and who keeps it."""
 
 
 class _Entry(BaseModel):
@@ -189,7 +190,7 @@ class Database(_Described):
     documents: dict[Text, Address] = {}
     """Addresses of what was read, by a short name."""
     sources: dict[Text, Text] = {}
-    """Field → document; ``sites.*.model`` speaks of all sites, ``sites.NYU.model`` of one."""
+    """Field → document; ``sites.*.model`` speaks of all sites, ``sites.NYU.model`` of one; a letter answers for ``redistribute.weights`` alone."""
     unverified: list[Text] = []
     """Fields, written as in ``sources``, whose values no document at hand confirms."""
     known: Flag = True

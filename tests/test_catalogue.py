@@ -192,6 +192,11 @@ def test_a_value_without_a_source_is_refused_and_with_the_mark_counts_as_missing
         ({"sources": {"licence": "e"}}, "sources.licence: 'e' came; a document is wanted: d"),
         ({"sources": {}}, "documents.d: is named by no field"),
         ({"sources": {"licence": "d", "sites.B.model": "d"}}, "sources: 'sites.B.model' came, no field of whole"),
+        (
+            {"documents": {"d": "letter 2026-03-01, A. Doe, kept by us"}, "sources": {"licence": "d", "redistribute.weights": "d"}},
+            "sources.licence: 'd' came, a letter; that is a source of redistribute.weights alone",
+        ),
+        ({"documents": {"d": "a letter"}}, "documents.d: 'a letter' came"),
         ({"unverified": ["licences"]}, "unverified: 'licences' came, no field of whole"),
         ({"unverified": ["licence"]}, "unverified: 'licence' came, which has a source too"),
     ],
