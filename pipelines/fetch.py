@@ -17,9 +17,10 @@ from pathlib import Path
 from data_registry.catalogue import NAME_PATTERN, Database, find_database
 from data_registry.errors import InputError, run_stage
 from pipelines import fetch_terms
-from pipelines.fetch_choice import SITE_TABLES, File, Part, choose_subjects, find_files, find_freesurfer, find_parts, join_participants
+from pipelines.fetch_choice import SITE_TABLES, File, Part, choose_subjects, find_files, find_freesurfer, find_parts, join_participants, warn_of_sites
+from pipelines.fetch_joined import as_named_in, open_joined
 from pipelines.fetch_people import drop_people
-from pipelines.fetch_routes import Patient, Route, RouteError, open_route
+from pipelines.fetch_routes import Patient, Route, RouteError
 from pipelines.fetch_transfer import Ledger, alone, aside_of, tidy, transfer
 
 log = logging.getLogger("lodbrain.fetch")
@@ -135,7 +136,7 @@ def fetch(
 
 def _listed(address: str, network: Network, ask: Callable[[Route], tuple]) -> tuple:
     """The route at an address, and what it has of what is asked."""
-    opened = open_route(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
+    opened = open_joined(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
     log.info("listing %s", address)
     try:
         return opened, *ask(Patient(opened, network.tries))
@@ -147,6 +148,7 @@ def _images(
     route: Route, database: Database, choice: Choice, withdrawn: Collection[str], pool: Executor
 ) -> tuple[list[Part], list[list[str]], list[File]]:
     parts = find_parts(route, database, pool)
+    warn_of_sites(route, database, parts)
     gone = sorted(set(withdrawn) & {subject for part in parts for subject in part.subjects})
     if gone:
         log.info("%s: subjects left out because %s names them: %d", database.name, fetch_terms.WITHDRAWN, len(gone))
@@ -161,7 +163,7 @@ def _keep_tables(to: Path, database: Database, parts: list[Part], withdrawn: Col
     """participants.tsv without lines of people who were withdrawn, whatever the route has; of the tables of sites one is made."""
     tables = [to / "participants.tsv", *sorted(to.glob(f"{SITE_TABLES}/*/participants.tsv"))]
     for table in (table for table in tables if table.is_file()):
-        if drop_people(table, withdrawn):
+        if drop_people(table, as_named_in(table.parent.name if table.parent != to else "", withdrawn)):
             ledger.add_made(str(table.relative_to(to)))
     if parts[0].folder:
         join_participants(to, database, parts, withdrawn)

@@ -18,6 +18,7 @@ from data_registry.catalogue import Database
 from data_registry.errors import InputError
 from data_registry.files import replacing
 from data_registry.label_sources import FREESURFER_FILES, LABEL_GLOBS
+from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import rows_by_subject, subject_of
 from pipelines.fetch_routes import Entry, Route, safe
 
@@ -123,6 +124,16 @@ def choose_subjects(
     return chosen
 
 
+def warn_of_sites(route: Route, database: Database, parts: list[Part]) -> None:
+    """Say before the night that index will miss the column that tells sites."""
+    column = database.site_rule.participants
+    if column and not parts[0].folder:
+        table = next((entry for entry in parts[0].top if _name(entry) == "participants.tsv"), None)
+        head = b"".join(route.read(table, 0)).decode("utf-8-sig", errors="replace").split("\n")[0].split("\t") if table else []
+        if column not in [name.strip() for name in head]:
+            log.warning("%s: participants.tsv has no column %r, from which %s takes sites; index will want it", route.address, column, database.name)
+
+
 def _of_sites(route: Route, database: Database, part: Part, sites: Collection[str]) -> set[str]:
     rule = database.site_rule
     if rule.sidecar:
@@ -132,7 +143,7 @@ def _of_sites(route: Route, database: Database, part: Part, sites: Collection[st
     if rule.prefix:
         return {subject for subject in part.subjects if (match := re.match(rule.prefix, subject)) and match.group(1) in sites}
     table = next((entry for entry in part.top if _name(entry) == "participants.tsv"), None)
-    rows = rows_by_subject(b"".join(route.read(table, 0)), f"{route.address}/{table.path}", part.subjects) if table else {}
+    rows = _rows(part, b"".join(route.read(table, 0)), f"{route.address}/{table.path}") if table else {}
     told = {subject: _site_of(part, rows.get(subject, {}), database) for subject in part.subjects}
     if set(told.values()) <= {None}:
         column = f"column {rule.participants!r} of participants.tsv"
@@ -201,7 +212,7 @@ def join_participants(root: Path, database: Database, parts: Iterable[Part], wit
     column, joined, header = database.site_rule.participants, {}, {"participant_id": None, database.site_rule.participants: None}
     for part in parts:
         table = root / SITE_TABLES / part.folder / "participants.tsv"
-        told = rows_by_subject(table.read_bytes(), str(table), part.subjects) if table.is_file() else {}
+        told = _rows(part, table.read_bytes(), str(table)) if table.is_file() else {}
         for subject in set(part.subjects) - set(withdrawn):
             row = told.get(subject, {}) | {"participant_id": f"sub-{subject}"}
             header |= dict.fromkeys(row)
@@ -210,6 +221,11 @@ def join_participants(root: Path, database: Database, parts: Iterable[Part], wit
         writer = csv.DictWriter(handle, list(header), restval="n/a", delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(joined[subject] for subject in sorted(joined))
+
+
+def _rows(part: Part, content: bytes, where: str) -> dict[str, dict]:
+    names = as_named_in(part.folder, part.subjects)
+    return {names[name]: row for name, row in rows_by_subject(content, where, names).items()}
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:

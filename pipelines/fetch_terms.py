@@ -36,14 +36,12 @@ def address_of(database: Database, route: str | None) -> str:
         wants = {"registration": "wants a registration", "agreement": "wants a signed agreement", None: "may want more than a download"}
         steps = f"first go to {where}; then {by_hand}"
         if readable:  # nobody asks there who reads, so it is asked here
-            steps = f"see `lodbrain sites show {database.name}`; once you have it, give --route {' or '.join(readable)}"
+            steps = f"see `lodbrain sites show {database.name}`; once you have it, give --route {shlex.quote(' '.join(readable))}"
         raise InputError(f"{database.name} {wants[database.access]}, {steps}")
-    if len(readable) > 1:
-        raise InputError(f"{database.name} is {len(readable)} databases; --route with one of {', '.join(readable)} is wanted")
     if not readable:
         unread = f"its route is {where}, which is for people: go there, then" if database.route else "its route is not known:"
         raise InputError(f"{database.name}: {unread} {by_hand}")
-    return readable[0]
+    return " ".join(readable)
 
 
 def addresses(database: Database) -> list[str]:
@@ -80,8 +78,11 @@ def accept(database: Database, accepted: str | None, *, address: str) -> None:
         return
     if accepted is None:
         raise InputError(f"{database.name}: {words}; read it, then {option} is wanted, once in a project")
-    with open(LICENCES, "a", encoding="utf-8", newline="") as handle:
+    with open(LICENCES, "a+", encoding="utf-8", newline="") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.seek(0)
+        if not (handle.read() or "\n").endswith("\n"):  # an editor's last line
+            handle.write("\n")
         writer = csv.DictWriter(handle, LICENCE_COLUMNS, delimiter="\t", lineterminator="\n")
         if os.fstat(handle.fileno()).st_size == 0:
             writer.writeheader()

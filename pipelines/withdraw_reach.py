@@ -23,6 +23,7 @@ from data_registry.ledgers import Withdrawn, read_rows
 from data_registry.params import Params
 from data_registry.schema import read_table
 from data_registry.shards import read_metadata
+from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import cells_of
 from pipelines.fetch_transfer import LEDGER
 from pipelines.index import find_databases, labels_folder
@@ -115,7 +116,7 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
         there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
         lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
         for table in (path for name in ("participants.tsv", "sourcedata/*/participants.tsv") for path in sorted(folder.glob(name))):
-            column, cells = cells_of(table.read_bytes(), gone.subjects)
+            column, cells = cells_of(table.read_bytes(), as_named_in(table.parent.name if table.parent != folder else "", gone.subjects))
             if cells:
                 others = " && ".join(f"${column} != {json.dumps(cell, ensure_ascii=False)}" for cell in sorted(set(cells.values())))
                 lines.append(_filtered(f"awk -F'\\t' {shlex.quote(others)}", table))

@@ -204,6 +204,35 @@ def test_part_of_a_version_is_no_beginning_of_another(bucket):
     assert there()[T1W] == newer and not Path("data/small/.fetching").exists()
 
 
+def test_several_databases_of_openneuro_become_one(bucket, monkeypatch, caplog):
+    """As AOMIC's: the same labels mean different people, and no table has a column of sites."""
+    client, prefix, proxy = bucket
+    for number, name in ((1, "ds000001"), (2, "ds000002")):
+        for path, content in {
+            "sub-01/anat/sub-01_T1w.nii.gz": scan(number), "derivatives/freesurfer/sub-01/mri/aseg.mgz": scan(number + 2), "T1w.json": b"{}",
+            "participants.tsv": f"participant_id\tage\nsub-01\t{number}0\n".encode(),
+        }.items():  # fmt: skip
+            client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}/{path}", Body=content, ACL="public-read")
+    known(monkeypatch, sites={"One": Site(place="p", folders=["ds000001"]), "Two": Site(place="p", folders=["ds000002"])})
+    route = f"s3://{BUCKET}/{prefix}/ds000001 s3://{BUCKET}/{prefix}/ds000002"
+    proxy.budget = 150_000
+    with pytest.raises(InputError, match="the same command goes on"):
+        get(route, network=Network(workers=1, tries=1))
+    proxy.budget = float("inf")
+    assert get(route) == {} and get(route, verify=True) == {}
+    rows = [(row["subject"], row["site"], row["age_years"], [one["source"] for one in row["labels"]]) for row in index([Path("data/small")])]
+    assert rows == [("ds000001x01", "One", 10, ["aseg"]), ("ds000002x01", "Two", 20, ["aseg"])]
+    assert there()["sub-ds000002x01/anat/sub-ds000002x01_T1w.nii.gz"] == scan(2)
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\tds000002x01\t\t\n")
+    get(route)
+    assert there()["sourcedata/ds000001/participants.tsv"].endswith(b"sub-01\t10\n")
+    assert there()["sourcedata/ds000002/participants.tsv"] == b"participant_id\tage\n" and b"ds000002" not in there()["participants.tsv"]
+    caplog.clear()
+    shutil.rmtree("data")
+    get(route.split()[0])
+    assert "participants.tsv has no column 'site', from which small takes sites; index will want it" in caplog.text
+
+
 def test_a_bucket_that_is_not_there_is_one_line(bucket):
     with pytest.raises(InputError, match="^s3://nowhere/x: no sub-\\* in it, nothing can be listed there"):
         get("s3://nowhere/x")
@@ -468,6 +497,9 @@ def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
     known(monkeypatch, licence="OASIS terms of 2030")  # other terms
     with pytest.raises(InputError, match="OASIS terms of 2030"):
         fetch(NAME, route=str(mirror))
+    fetch_terms.LICENCES.write_text(accepted.rstrip("\n"))
+    fetch(NAME, route=str(mirror), accepted="OASIS terms of 2030")
+    assert [line.split("\t")[3] for line in fetch_terms.LICENCES.read_text().splitlines()] == ["licence", "OASIS terms", "OASIS terms of 2030"]
 
 
 @pytest.mark.parametrize(("fields", "said"), [
@@ -489,7 +521,6 @@ def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkey
     ({}, "small: its route is not known: lay out what you download"),
     ({"access": None}, "small may want more than a download, first go to its owners"),
     ({"route": "Harvard Dataverse"}, "its route is Harvard Dataverse, which is for people"),
-    ({"route": "OpenNeuro ds003097, ds002785"}, "small is 2 databases; --route with one of s3://openneuro.org/ds003097, s3://openneuro.org/ds002785"),
 ])  # fmt: skip
 def test_where_one_must_go_first_is_said(monkeypatch, fields, said):
     known(monkeypatch, **fields)
@@ -509,6 +540,8 @@ def test_every_database_of_the_catalogue_can_be_fetched_or_says_what_to_do_first
 def test_routes_of_the_catalogue():
     assert fetch_terms.address_of(find_database("la5c"), None) == "s3://openneuro.org/ds000030"
     assert fetch_terms.address_of(database(route="s3://b/x"), None) == "s3://b/x"
+    several = database(route="OpenNeuro ds003097, ds002785")
+    assert fetch_terms.address_of(several, None) == "s3://openneuro.org/ds003097 s3://openneuro.org/ds002785"
     for name, said in (("no_such_database", "no such database"), ("../x", "letters, digits")):
         with pytest.raises(InputError, match=said):
             fetch(name)
