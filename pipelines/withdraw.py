@@ -31,6 +31,7 @@ from data_registry.params import Harmonise, Params, load_params
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store
 from pipelines.attempts import clean
+from pipelines.fetch_people import cells_of
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
 from pipelines.index import HASH_CACHE, SCANS_TABLE, find_databases
 from pipelines.quality import PAGES, forget
@@ -39,6 +40,7 @@ from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
 log = logging.getLogger("lodbrain.withdraw")
 FROZEN = ("split.parquet", "split.json")
 CASES = "cases/*.npz"
+CONFLICTS = "conflicts"
 REPORTS = Path("reports")
 
 
@@ -95,10 +97,16 @@ def _refuse_unknown(database: str, subjects: list[str], scans: list[dict], param
         log.warning("nobody of %s is in this project, so that labels cannot be checked: %s", database, ", ".join(subjects))
         return
     for subject in subjects:
-        on_disk = database in roots and any(roots[database].glob(f"sub-{subject}"))
+        on_disk = database in roots and (any(roots[database].glob(f"sub-{subject}")) or _in_participants(roots[database], subject))
         if subject not in people and not on_disk and (database, subject) not in {stone[:2] for stone in buried.tombstones}:
             has = f"has {len(people)}, e.g. {min(people)}" if people else "has nobody in this project"
             raise InputError(f"--subject {subject}: {database} {has}; the label of one of its people is wanted")
+
+
+def _in_participants(root: Path, subject: str) -> bool:
+    """Whether the database's table names somebody, with a scan or without."""
+    table = root / "participants.tsv"
+    return table.is_file() and bool(cells_of(table.read_bytes(), {subject})[1])
 
 
 def _roots(params: Params) -> dict[str, Path]:
@@ -247,7 +255,8 @@ def _clear_tables(folder: Path, gone: Withdrawn, scan_ids: list[str]) -> Iterato
             path.unlink()
             yield path, 0
     for path in sorted(path for kind in ("tsv", "json", "html", "csv") for path in folder.glob(f"*.{kind}")):
-        if path.name not in FROZEN and any(name.encode() in path.read_bytes() for name in scan_ids):
+        named = path.stem == CONFLICTS or any(name.encode() in path.read_bytes() for name in scan_ids)  # conflicts name people without scans too
+        if named and path.name not in FROZEN:
             path.unlink()
             yield path, 0
 

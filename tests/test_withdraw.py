@@ -1,7 +1,11 @@
 """Withdrawing: the bytes of never having been there, at whatever moment it is stopped, and nothing left unsaid."""
 
+import hashlib
 import json
+import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from subprocess import run as run_for_real
 
@@ -256,6 +260,32 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     assert {*asked[-1]} >= {samples, "fold-0", "--data-hash"} and "fold-1" not in asked[-1]
 
 
+@pytest.mark.full
+def test_the_commands_for_dvc_purge_the_bytes_of_a_real_project(copy, capsys):
+    def dvc(*commands: str) -> None:
+        for command in commands:
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            run_for_real(["bash", "-euc", command], check=True, capture_output=True, env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"})
+
+    def bytes_of(*folders: str) -> set[str]:
+        return {hashlib.md5(path.read_bytes()).hexdigest() for folder in folders for path in Path(folder).rglob("*") if path.is_file()}
+
+    Path("remote a").mkdir()
+    dvc("dvc init -q --no-scm", "dvc remote add -q -d lab 'remote a'", "dvc add -q shards tables", "dvc push -q")
+    before, shard = bytes_of("shards", "tables"), hashlib.md5(Path("shards", SHARD).read_bytes()).hexdigest()
+    assert before <= bytes_of(".dvc/cache") and before <= bytes_of("remote a")
+    withdraw.withdraw("alpha", [GONE], "asked for it")
+    said = capsys.readouterr().out
+    purge = [line.split(": ", 1)[1] for line in said.splitlines() if re.match(r"  (the cache|remote lab): rm -f", line)]
+    collect = [re.search(r"dvc gc [^(]*", line)[0] for line in said.splitlines() if "dvc gc" in line]
+    assert len(purge) == len(collect) == 2
+    dvc(*purge)
+    withdrawn_bytes = before - bytes_of("shards", "tables")
+    assert withdrawn_bytes - bytes_of(".dvc/cache", "remote a") == {shard} and len(withdrawn_bytes) > 1  # the images; tables later
+    dvc("dvc add -q shards tables", *collect)
+    assert not withdrawn_bytes & bytes_of(".dvc/cache", "remote a")
+
+
 def lab_cache() -> dict[str, str]:
     """A DVC cache elsewhere, of settings that say so, with an object of each of two shards and their list."""
     Path(".dvc").mkdir()
@@ -315,6 +345,16 @@ def test_a_person_of_a_database_that_is_not_here_yet(copy, caplog):
         withdraw.withdraw("ixi", ["IXI002Guys0828"], "asked for it")
     assert "nobody of ixi is in this project, so that labels cannot be checked: IXI002Guys0828" in caplog.text
     assert withdrawn().has("ixi", "IXI002Guys0828") and not withdrawn().has("ixi")
+
+
+def test_a_person_without_a_scan(copy):
+    (Path("roots/alpha/sub-00/anat")).mkdir(parents=True)
+    Path("roots/alpha/participants.tsv").write_text("age\tparticipant_id\n99\tsub-77\n")
+    Path("tables/conflicts.tsv").write_text("kind\tdatabase\tsubject\nrow without scan\talpha\t77\n")
+    withdraw.withdraw("alpha", ["77"], "asked for it")
+    assert withdrawn().has("alpha", "77") and not Path("tables/conflicts.tsv").exists()
+    with pytest.raises(InputError, match="--subject 99"):
+        withdraw.withdraw("alpha", ["99"], "slip")
 
 
 def test_a_database_of_the_catalogue_before_it_comes(copy):
