@@ -211,15 +211,15 @@ def _dvc(gone: Gone) -> Iterator[str]:
         return
     cache, remotes = _dvc_places(home)
     objects = sorted(_objects(cache, gone)) if cache.is_dir() else []
-    where = {"the cache": str(cache), **{f"remote {name}": url for name, url in remotes.items()}}
-    for name, url in where.items():
+    where = {"the cache": (str(cache), None), **{f"remote {name}": place for name, place in remotes.items()}}
+    for name, (url, endpoint) in where.items():
         for md5 in objects:
             path = f"{url}/files/md5/{md5[:2]}/{md5[2:]}"
             if "://" not in url:
                 if Path(path).exists():
                     yield f"{name}: rm -f {shlex.quote(path)}"
             elif url.startswith("s3://"):
-                yield f"{name}: aws s3 rm {shlex.quote(path)}"
+                yield f"{name}: aws s3 rm {shlex.quote(path)}{f' --endpoint-url {endpoint}' if endpoint else ''}"
             else:
                 yield f"{name}: delete {path}"
     yield "tables, reports, pictures, checkpoints and shards that were listed nowhere, once `dvc repro` has run: dvc gc --workspace --force"
@@ -228,8 +228,8 @@ def _dvc(gone: Gone) -> Iterator[str]:
     yield f"  both keep this workspace's alone; where others share {cache} or a remote, add --projects with the folder of each"
 
 
-def _dvc_places(home: Path) -> tuple[Path, dict[str, str]]:
-    """The cache's folder, and each remote's URL or folder, from DVC's own settings, the more local ones before the others."""
+def _dvc_places(home: Path) -> tuple[Path, dict[str, tuple[str, str | None]]]:
+    """The cache's folder, and each remote's URL or folder with its server's, from DVC's own settings, the more local ones before the others."""
     cache, remotes = home / "cache", {}
     user = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "dvc"
     for path in (Path("/etc/xdg/dvc/config"), user / "config", home / "config", home / "config.local"):
@@ -243,7 +243,7 @@ def _dvc_places(home: Path) -> tuple[Path, dict[str, str]]:
                 cache = Path(os.path.normpath(path.parent / settings[name]["dir"]))
             elif (match := re.fullmatch(r"""'?remote ["'](.+?)["']'?""", name)) and "url" in settings[name]:
                 url = settings[name]["url"].rstrip("/")
-                remotes[match[1]] = url if "://" in url else os.path.normpath(path.parent / url)
+                remotes[match[1]] = url if "://" in url else os.path.normpath(path.parent / url), settings[name].get("endpointurl")
     return cache, remotes
 
 

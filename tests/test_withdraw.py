@@ -250,7 +250,7 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
         *(f"old/{name} names alpha and may have seen them: rm old/{name}" for name in ("yes.pt", "chosen.pt", "given.safetensors")),
         "mlflow/mlflow.db cannot be asked (error: the server is away); later: python -m lod_model.tracking runs --in",
         f"rm -f {cached['shard']}",
-        f"remote lab: aws s3 rm s3://lab/dvc/files/md5/{cached['md5'][:2]}/{cached['md5'][2:]}",
+        f"remote lab: aws s3 rm s3://lab/dvc/files/md5/{cached['md5'][:2]}/{cached['md5'][2:]} --endpoint-url https://minio",
         "and in lab: dvc gc --workspace --cloud --remote lab --force",
         f"(cd runs/second && python -m pipelines.withdraw alpha --subject {GONE} --reason 'asked for it')",
         "other clones and projects: git pull, then",
@@ -289,7 +289,7 @@ def test_the_commands_for_dvc_purge_the_bytes_of_a_real_project(copy, capsys):
 def lab_cache() -> dict[str, str]:
     """A DVC cache elsewhere, of settings that say so, with an object of each of two shards and their list."""
     Path(".dvc").mkdir()
-    Path(".dvc/config").write_text("[core]\n    remote = lab\n['remote \"lab\"']\n    url = s3://lab/dvc\n[cache]\n    dir = ../elsewhere\n")
+    Path(".dvc/config").write_text("[core]\n    remote = lab\n['remote \"lab\"']\n    url = s3://lab/dvc\n    endpointurl = https://minio\n[cache]\n    dir = ../elsewhere\n")
     entries, found = [], {}
     for kind, name, md5 in (("shard", SHARD, "ab" + "0" * 30), ("other", OTHER, "cd" + "0" * 30)):
         path = Path("elsewhere/files/md5", md5[:2], md5[2:])
