@@ -289,7 +289,8 @@ def test_the_commands_for_dvc_purge_the_bytes_of_a_real_project(copy, capsys):
 def lab_cache() -> dict[str, str]:
     """A DVC cache elsewhere, of settings that say so, with an object of each of two shards and their list."""
     Path(".dvc").mkdir()
-    Path(".dvc/config").write_text("[core]\n    remote = lab\n['remote \"lab\"']\n    url = s3://lab/dvc\n    endpointurl = https://minio\n[cache]\n    dir = ../elsewhere\n")
+    remote = "['remote \"lab\"']\n    url = s3://lab/dvc\n    endpointurl = https://minio\n"
+    Path(".dvc/config").write_text(f"[core]\n    remote = lab\n{remote}[cache]\n    dir = ../elsewhere\n")
     entries, found = [], {}
     for kind, name, md5 in (("shard", SHARD, "ab" + "0" * 30), ("other", OTHER, "cd" + "0" * 30)):
         path = Path("elsewhere/files/md5", md5[:2], md5[2:])
