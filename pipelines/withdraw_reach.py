@@ -25,7 +25,7 @@ from data_registry.schema import read_table
 from data_registry.shards import read_metadata
 from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import cells_of
-from pipelines.fetch_transfer import LEDGER
+from pipelines.fetch_transfer import ASIDE, LEDGER
 from pipelines.index import find_databases, labels_folder
 from pipelines.people import PEOPLE_TABLE
 from pipelines.split import SPLIT_TABLE
@@ -115,6 +115,8 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
     for folder in folders:
         there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
         lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
+        if (folder / ASIDE).is_dir():
+            lines.append(f"rm -r {shlex.quote(str(folder / ASIDE))} (files on their way when a fetch was stopped, theirs maybe among them)")
         for table in (path for name in ("participants.tsv", "sourcedata/*/participants.tsv") for path in sorted(folder.glob(name))):
             column, cells = cells_of(table.read_bytes(), as_named_in(table.parent.name if table.parent != folder else "", gone.subjects))
             if cells:

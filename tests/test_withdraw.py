@@ -315,8 +315,10 @@ def test_the_commands_for_raw_tables_take_their_lines_and_no_others(copy, capsys
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content.encode())
     add_subject(Path("roots/alpha"), "00", seed=1)
+    Path("roots/alpha/.fetching").mkdir()
     withdraw.withdraw("alpha", [GONE], "asked for it")
     said = capsys.readouterr().out
+    assert "rm -r roots/alpha/.fetching (files on their way" in said
     commands = [line for line in said.splitlines() if line.strip().startswith(("awk", "grep"))]
     assert len(commands) == 3 and Path("roots/alpha/participants.tsv").read_text().count("sub-10\n") == 1
     for _ in range(2):
