@@ -84,7 +84,8 @@ class Scanners:
             kind, done = "contradicting sidecars", "each scan keeps its own"
             if field in PARTING:
                 values = _spelled_alike(values)
-                kind, done = "mixed sites", f"all stay site {site}; site_rule: {{sidecar: {field}}} would part them"
+                way = f"; site_rule: {{sidecar: {field}}} would part them" if self.database.site_rule.single else ", as the site rule says"
+                kind, done = "mixed sites", f"all stay site {site}{way}"
             if len(values) > 1:
                 most = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
                 found = ", ".join(f"{value} ({len(scans)})" for value, scans in most[:12]) + (" …" if len(most) > 12 else "")

@@ -266,6 +266,13 @@ def test_a_folder_with_mixed_sites(tmp_path, reconcile):
     assert "site_rule: {participants: site} would part them" in {row["done"].split("; ")[1] for row in found if row["field"] == "site"}
 
 
+def test_a_way_to_part_sites_is_told_only_where_it_leaves_the_other_sites_alone(tmp_path, reconcile):
+    told = {"01": {"InstitutionName": "UZ Gent"}, "02": {"InstitutionName": "MGH"}}
+    root = make(tmp_path / "db", told, TABLE + "sub-01\tA\t30\tF\nsub-02\tA\t30\tF\n")
+    (row,) = [row for row in reconcile(root, entry())[1] if row["kind"] == "mixed sites"]
+    assert row["done"] == "all stay site A, as the site rule says"
+
+
 def test_counts_sites_and_licence(tmp_path, reconcile):
     sites = {"A": Site(place="P", scans=100), "B": Site(place="Q", scans=7), "C": Site(place="R")}
     scans = {f"{number:03d}": None for number in range(99)}
