@@ -136,7 +136,7 @@ class Site(_Described):
     """One machine at a place, the same name across databases; null if unknown."""
     manufacturer: Name | None = None
     model: Name | None = None
-    """As DICOM's ManufacturerModelName, without the maker's "MAGNETOM"."""
+    """As DICOM's ManufacturerModelName, without the maker's "MAGNETOM" or "DISCOVERY"."""
     field_strength_tesla: Tesla | None = None
     voxel_mm: Annotated[list[Annotated[Number, Field(gt=0, lt=20)]], Field(min_length=3, max_length=3)] | None = None
     """Of the T1w as scanned: in plane, in plane, between slices."""

@@ -49,7 +49,7 @@ def read_object(path: Path) -> dict:
 
 def _below(root: Path, folder: str, inherited: list[str]) -> Iterator[T1w]:
     with os.scandir(root / folder) as entries:
-        content = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
+        content = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".") and not _leads_back(entry)]
     files = [name for name, is_folder in content if not is_folder]
     told = inherited + _general_first(f"{folder}/{name}" for name in files if name.endswith("T1w.json"))
     for name in files:
@@ -61,6 +61,14 @@ def _below(root: Path, folder: str, inherited: list[str]) -> Iterator[T1w]:
     for name, is_folder in content:
         if is_folder:
             yield from _below(root, f"{folder}/{name}", told)
+
+
+def _leads_back(entry: os.DirEntry) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    if not (entry.is_symlink() and entry.is_dir()):
+        return False
+    folder, target = Path(entry.path).parent.resolve(), Path(entry.path).resolve()
+    return target in (folder, *folder.parents)
 
 
 def _general_first(paths: Iterable[str]) -> list[str]:

@@ -110,7 +110,12 @@ def _read(field: str, written: object, expected: object) -> Reading:
 
 
 def _letters(model: str) -> str:
-    return re.sub(r"magnetom|\W|_", "", model.casefold())
+    """Without the maker's own word for all of a family, and without blanks.
+
+    >>> _letters("MAGNETOM Trio_Tim"), _letters("DISCOVERY MR750"), _letters("Discovery")
+    ('triotim', 'mr750', 'discovery')
+    """
+    return re.sub(r"(magnetom|discovery)(?=[\W_]*[^\W_])|[\W_]", "", model.casefold())
 
 
 def _spelled_alike(values: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -25,6 +25,16 @@ def test_t1w_by_path_at_any_depth_and_nothing_else(tmp_path):
     assert without == {}
 
 
+def test_a_link_is_followed_but_not_back_to_where_it_lies(tmp_path):
+    root = tree(tmp_path / "db", "sub-01/anat/sub-01_T1w.nii.gz")
+    elsewhere = tree(tmp_path / "store", "sub-02_T1w.nii.gz")
+    (root / "sub-02").mkdir()
+    (root / "sub-02/anat").symlink_to(elsewhere)
+    (root / "sub-01/again").symlink_to("..")
+    (root / "sub-01/anat/here").symlink_to(".")
+    assert [t1w.path for t1w in find_t1w(root)[0]] == ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz"]
+
+
 def test_folders_that_give_none_are_named(tmp_path):
     root = tree(tmp_path, "sub-01/anat/sub-01_T1w.nii.gz", "sub-02/func/sub-02_bold.nii.gz", "sub-01 copy/anat/sub-01_T1w.nii.gz", "sub-notes.txt")
     found, without = find_t1w(root)
