@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from data_registry.files import replacing
-from data_registry.quality import class_of_id
+from data_registry.quality import class_of_id, filled
 from data_registry.quality_rules import TOLD
 
 SIDE = 144            # pixels of a slice
@@ -40,7 +40,7 @@ def thumbnail(t1w: np.ndarray, ids: np.ndarray | None) -> bytes:
             inside = (class_of_id()[ids[cut].T if turned else ids[cut]] > 0).view(np.uint8)
             inside = np.array(Image.fromarray(np.ascontiguousarray(inside)).resize((SIDE, SIDE), Image.Resampling.NEAREST)) > 0
             closed = ndimage.binary_closing(np.pad(inside, 8), iterations=4)  # the brain's rim, not each sulcus
-            inside = ndimage.binary_fill_holes(closed)[8:-8, 8:-8]
+            inside = filled(closed)[8:-8, 8:-8]
             panel[inside & ~ndimage.binary_erosion(inside)] = OUTLINE
         panels.append(panel)
     file = io.BytesIO()
