@@ -113,6 +113,18 @@ def known_apart(one: str, two: str) -> bool:
     return one.startswith(KNOWN) and two.startswith(KNOWN) and one != two
 
 
+def people_by_split(scans: Iterable[Mapping], split: Iterable[Mapping]) -> dict[str, str | None]:
+    """scan_id → person of all ``scans`` by the names of the ``split``, who saw voxels and likeness; also of scans that it gives no role.
+
+    >>> scans = [{"scan_id": s, "person": p} for s, p in (("a_1", "a/1"), ("b_1", "b/1"), ("b_1_second", "b/1"), ("c_1", "c/1"))]
+    >>> people_by_split(scans, [{"scan_id": "a_1", "person": "a/1"}, {"scan_id": "b_1", "person": "a/1"}])
+    {'a_1': 'a/1', 'b_1': 'a/1', 'b_1_second': 'a/1', 'c_1': 'c/1'}
+    """
+    indexed = {scan["scan_id"]: scan["person"] for scan in scans}
+    became = {indexed[row["scan_id"]]: row["person"] for row in split if row["scan_id"] in indexed}
+    return {scan_id: became.get(person, person) for scan_id, person in indexed.items()}
+
+
 def share_people(one: str, two: str, databases: Mapping[str, Database]) -> bool:
     """Whether the catalogue says that two databases have people in common."""
     return any(rule.database == b for a, b in ((one, two), (two, one)) if a in databases for rule in databases[a].same_people)
