@@ -58,7 +58,7 @@ class Harmonise(Section):
     class_protocols: Annotated[tuple[str, ...], LeftOutIf(())] = ()
     """Protocols whose classes alone are stored: quicker to read than source ids that must be looked up, and no counts of many classes."""
     likeness: Annotated[bool, LeftOutIf(True)] = True
-    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.15 s a scan."""
+    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.17 s a scan."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")

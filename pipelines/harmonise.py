@@ -45,7 +45,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 

@@ -2,9 +2,13 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from numpy._core import _multiarray_umath as umath
 from scipy import ndimage
 
 from data_registry import catalogue as catalogues
@@ -197,6 +201,22 @@ def test_the_same_head_is_alike_and_another_or_its_mirror_is_not():
     assert likeness(first, describe(again(head(1), 0, degrees=0)[::-1], 4.0)) < people.REVIEW
     fine = np.repeat(np.repeat(np.repeat(again(head(1), 0, degrees=0), 2, 0), 2, 1), 2, 2)
     assert likeness(first, describe(fine, 2.0)) > 0.999
+
+
+def test_threads_and_processor_do_not_change_a_bit(tmp_path):
+    """A shard has the numbers in it, and its bytes depend on its scans alone. BLAS sums in another order, numpy does without wide registers."""
+    np.save(tmp_path / "head.npy", again(head(1), 0))
+    code = (
+        "import sys, numpy as np; from data_registry.brain_pose import flat, register; from data_registry.likeness import describe\n"
+        "data = np.load(sys.argv[1]); print(describe(data, 4.0).tolist(), register(flat(data.astype(np.float32))).tolist())"
+    )
+    features = " ".join(name for name in umath.__cpu_dispatch__ if umath.__cpu_features__[name])
+    other = {"OPENBLAS_NUM_THREADS": "2", "OPENBLAS_CORETYPE": "Nehalem", "NPY_DISABLE_CPU_FEATURES": features}
+    said = [
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "head.npy")], env=os.environ | changed, capture_output=True, text=True, check=True)
+        for changed in ({"OPENBLAS_NUM_THREADS": "1"}, other)
+    ]
+    assert len(said[0].stdout) > 1000 and said[0].stdout == said[1].stdout
 
 
 def test_what_is_no_head_is_not_described():
