@@ -29,8 +29,8 @@ def inverse(matrix: np.ndarray) -> tuple[np.ndarray, float]:
     """
     (a, b, c), (d, e, f), (g, h, i) = matrix.tolist()
     determinant = a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-    adjugate = [[e * i - f * h, c * h - b * i, b * f - c * e], [f * g - d * i, a * i - c * g, c * d - a * f], [d * h - e * g, b * g - a * h, a * e - b * d]]
-    return np.array(adjugate) / determinant + 0.0, determinant
+    adjugate = [e * i - f * h, c * h - b * i, b * f - c * e, f * g - d * i, a * i - c * g, c * d - a * f, d * h - e * g, b * g - a * h, a * e - b * d]
+    return np.reshape(adjugate, (3, 3)) / determinant + 0.0, determinant
 
 
 def orthonormal(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
