@@ -80,6 +80,9 @@ class Harmonise(Section):
         return value
 
 
+Guard = Literal["person", "family", "content", "suspected", "scanner"]
+
+
 class Split(Section):
     """Who is held out."""
 
@@ -89,8 +92,8 @@ class Split(Section):
     """Grouped folds, never more than there are groups; every group is held out exactly once. 1: none is, and unseen people alone are the test."""
     holdout: tuple[str, ...] = ()
     """Instead of folds: the groups held out together in one fold."""
-    guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
-    """What may never stand on both sides of a fold."""
+    guards: tuple[Guard, ...] = ("person", "family", "content", "suspected", "scanner")
+    """What may never stand on both sides of a fold. suspected: whose heads are so alike that somebody is to look (tables/people.tsv)."""
     val_share: Share = 0.15
     """Of the people of training places, for early stopping and the choice of a checkpoint."""
     internal_share: Share = 0.25

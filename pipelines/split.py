@@ -44,7 +44,8 @@ def main() -> None:
     general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     general += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
     if people["review"]:
-        general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and are not kept apart; somebody's look is wanted")
+        done = "get one role" if "suspected" in params.split.guards else "are not kept apart"
+        general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")

@@ -140,6 +140,8 @@ def test_alike_is_one_person_only_if_something_else_agrees(other, noise, verdict
     findings, summary = people.find_people(rows, samples, {"c": database("c", SamePeople(database="a"))})
     assert [(finding["verdict"], finding["why"]) for finding in findings] == ([(verdict, why)] if verdict else [])
     assert persons(rows) == ([before[0], before[0], before[2]] if verdict == "merged" else before)
+    suspected = min(before[:2]) if verdict == "review" else None
+    assert [row["suspected"] for row in rows] == [suspected, suspected, None]
     assert (summary["scans_compared"], summary["pairs"], summary["review"]) == (3, 3, int(verdict == "review"))
 
 
