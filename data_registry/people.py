@@ -60,7 +60,7 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
                 log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", *said)
             ties += found
     ties += [{of_subject[key], KNOWN + person} for key, person in known.items() if key in of_subject]
-    if absent := [key for key in known if key not in of_subject and key[0] in databases]:
+    if absent := [key for key in known if key not in of_subject and (key[0] in databases or key[0] not in catalogue())]:
         log.warning("%d subjects of index.people are not there, e.g. sub-%s of %s", len(absent), absent[0][1], absent[0][0])
     merge_people(rows, ties)
     person_of = {(row["database"], row["subject"]): row["person"] for row in rows}
