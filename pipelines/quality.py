@@ -93,7 +93,7 @@ def verdicts(samples: list[dict], figures: dict[str, dict], ages: dict[str, floa
     for rows in sites.values():
         own = [figures[row["scan_id"]] for row in rows]
         for row, mine, beside in zip(rows, own, beside_site(own), strict=True):
-            verdict, reasons = judge(mine, age_years=ages.get(row["scan_id"]), beside=beside)
+            verdict, reasons = judge(mine, age_years=ages.get(row["scan_id"]), beside=beside, warnings=row["warnings"] or ())
             judged = {"verdict": verdict, "reasons": reasons, "suspicion": suspicion(verdict, reasons, beside)}
             judged |= {"beside": beside, "warnings": row["warnings"]}
             table.append({key: row[key] for key in ("scan_id", "database", "site", "shard_sha256")} | judged | mine)

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from data_registry.ledgers import Tombstone, Withdrawn, bury
 from data_registry.params import Harmonise
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore
+from data_registry.volume import load_image
 from pipelines import harmonise, split
 from pipelines import quality as stage
 from pipelines.quality_page import SIDE, thumbnail, write_pages
@@ -206,6 +208,20 @@ def volumes(ml: dict, **other) -> dict:
 def test_each_rule(figures, age, verdict, words):
     came, reasons = quality_rules.judge(figures, age_years=age)
     assert came == verdict and len(reasons) == (verdict != "pass") and words in "".join(reasons)
+
+
+def test_what_was_read_by_an_assumption_asks_for_a_review(tmp_path):
+    """The warnings of reading itself; one of a voxel is of no account to the others."""
+    t1w = head()[0].astype(np.float32)
+    t1w[30, 30, 30] = np.nan
+    image = nibabel.Nifti1Image(t1w, LIA)
+    image.set_sform(LIA, 0)
+    image.set_qform(LIA, 0)
+    nibabel.save(image, tmp_path / "unsure.nii.gz")
+    warnings = load_image(tmp_path / "unsure.nii.gz").warnings
+    verdict, reasons = quality_rules.judge({}, warnings=("aseg: labels of 2 mm voxels on a grid of 1 mm, no truth at its resolution", *warnings))
+    assert verdict == "review" and len(reasons) == 2
+    assert "the first axis is assumed to run to the left" in reasons[0] and reasons[1].startswith("1 NaN")
 
 
 def test_a_scan_unlike_its_site_asks_for_a_review_and_never_fails():
