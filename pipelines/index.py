@@ -303,4 +303,4 @@ def _judge_same_content(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

@@ -49,8 +49,8 @@ def main() -> None:
     preparation = json.loads(table_metadata(SAMPLES_TABLE).get("preparation", "{}"))
     items = plan_looks(samples, untouched=preparation.get("intensity", "robust") == "robust")
     FOUND.mkdir(parents=True, exist_ok=True)
-    _look_at_all([item for item in items if not Path(item["found"]).is_file()], open_store(params.resources), params.resources)
-    found = {one["scan_id"]: one for item in items for one in json.loads(Path(item["found"]).read_text(encoding="utf-8"))}
+    _look_at_all([item for item in items if _kept(item["found"]) is None], open_store(params.resources), params.resources)
+    found = {one["scan_id"]: one for item in items for one in _kept(item["found"])}
     table = verdicts(samples, {name: one["figures"] for name, one in found.items()}, {name: row["age_years"] for name, row in scans.items()})
     write_pages(PAGES, table, {name: one["picture"] for name, one in found.items()}, left_out)
     write_table(QUALITY_TABLE, "quality", [{key: value for key, value in row.items() if key not in ("beside", "warnings")} for row in table])
@@ -63,10 +63,11 @@ def main() -> None:
 
 
 def forget(gone: Withdrawn) -> int:
-    """Delete what is kept of shards that held who is withdrawn; how many files."""
+    """Delete what is kept of shards that held who is withdrawn, and what cannot be read; how many files."""
     number = 0
     for path in sorted(FOUND.glob("*.json")):
-        if any(gone.has_scan(one["scan_id"]) for one in json.loads(path.read_text(encoding="utf-8"))):
+        found = _kept(path)
+        if found is None or any(gone.has_scan(one["scan_id"]) for one in found):
             path.unlink()
             number += 1
     return number
@@ -118,6 +119,14 @@ def look_at_shard(store: ShardStore, item: dict) -> int:
     return len(found)
 
 
+def _kept(path: str | Path) -> list[dict] | None:
+    """What was found in a shard; None if nothing, or nothing whole, is there."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def _look_at_all(todo: list[dict], store: ShardStore, resources: Resources) -> None:
     total = sum(len(item["samples"]) for item in todo)
     if total <= FEW:
@@ -144,4 +153,4 @@ def _look_at_all(todo: list[dict], store: ShardStore, resources: Resources) -> N
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

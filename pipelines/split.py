@@ -90,4 +90,4 @@ def _has(sample: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

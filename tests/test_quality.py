@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import ndimage
-from small_heads import add_subject
+from small_heads import add_subject, run
 
 from data_registry import quality, quality_rules
 from data_registry.errors import InputError
@@ -339,9 +339,11 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     shards = len(looked)
     first, page = sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")
     assert shards == len(list(stage.FOUND.iterdir())) > 1                           # and what no shard asks for is gone
-    next(stage.FOUND.iterdir()).unlink()
+    gone, damaged, *_ = stage.FOUND.glob("*.json")
+    gone.unlink()
+    damaged.write_text(damaged.read_text()[:99])                                    # it is a cache: made anew
     stage.main()
-    assert len(looked) == shards + 1 and (sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")) == (first, page)
+    assert len(looked) == shards + 2 and (sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")) == (first, page)
     rows = read_table(stage.QUALITY_TABLE, "quality").to_pylist()
     assert [one["scan_id"] for one in rows] == ["db_sub-00", "db_sub-01", "db_sub-02"] and {one["verdict"] for one in rows} <= {"review", "fail"}
     assert all(one["volumes_ml"] and one["efc"] > 0 for one in rows)
@@ -349,11 +351,19 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     assert base64.b64decode(found[0]["picture"])[:2] == b"\xff\xd8"
 
 
+@pytest.mark.parametrize("module", ["pipelines.index", "pipelines.quality", "pipelines.split"])
+def test_a_stage_without_arguments_refuses_them_and_has_a_help(tmp_path, module):
+    wrong, told = run(tmp_path, module, "--folds", "3"), run(tmp_path, module, "--help")
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1] == f"python -m {module}: error: unrecognized arguments: --folds 3"
+    assert told.returncode == 0 and f"python -m {module}" in told.stdout and "Stage" in told.stdout
+
+
 def test_who_is_withdrawn_is_forgotten(project):
     stage.main()
     kept = len(list(stage.FOUND.iterdir()))
     stone = Tombstone("db", "00", "2026-01-31", "asked for it")
-    assert stage.forget(Withdrawn([stone])) == 1 and len(list(stage.FOUND.iterdir())) == kept - 1
+    (stage.FOUND / "damaged.json").write_text('[{"scan_id": "db_sub-00"')              # whoever is in it
+    assert stage.forget(Withdrawn([stone])) == 2 and len(list(stage.FOUND.iterdir())) == kept - 1
     bury([stone])
     stage.main()                                                                    # whatever the samples table still says
     assert [one["scan_id"] for one in read_table(stage.QUALITY_TABLE, "quality").to_pylist()] == ["db_sub-01", "db_sub-02"]
