@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from scipy import ndimage
-from small_heads import add_subject, run
+from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import quality, quality_rules
 from data_registry.errors import InputError
@@ -352,8 +352,8 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["pipelines.index", "pipelines.quality", "pipelines.split"])
-def test_a_stage_without_arguments_refuses_them_and_has_a_help(tmp_path, module):
-    wrong, told = run(tmp_path, module, "--folds", "3"), run(tmp_path, module, "--help")
+def test_a_stage_without_arguments_refuses_them_and_has_a_help(module):
+    wrong, told = run(CHECKOUT, module, "--folds", "3"), run(CHECKOUT, module, "--help")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1] == f"python -m {module}: error: unrecognized arguments: --folds 3"
     assert told.returncode == 0 and f"python -m {module}" in told.stdout and "Stage" in told.stdout
 
