@@ -4,7 +4,8 @@ Names and definitions are MRIQC's (Esteban et al., PLoS ONE 12:e0184661, 2017) w
 
 - All is measured on the standard grid, uint8, on a lattice of voxels about 2 mm apart. Interpolation and the window of intensities change noise,
   so figures compare scans of one grid; they are not MRIQC's of the same scan to the digit.
-- Tissues are the labels' (protocol lod7), by voxels whose six neighbours belong to the same class: none on a border.
+- Tissues are the labels' (protocol lod7, else those of FSL FAST, SPM or MALP-EM, which give no volumes and sides here), by voxels whose six
+  neighbours belong to the same class: none on a border.
 - The bias field is not estimated: deviations of a tissue are those within cubes of 32 mm, over which it is nearly even; how far white matter
   differs between cubes is a figure of its own.
 - Noise of the air is its standard deviation, which an offset of the window does not move, times 1.53 for Rayleigh's distribution.
@@ -21,6 +22,8 @@ from data_registry import protocol as protocols
 from data_registry.resample import bounding_box
 
 CLASSES = "lod7"
+TISSUES = ("fsl_fast", "spm_tissue", "malp_em_tissue", "malp_em")
+_TISSUE_OF_GROUP = {"cortex": 1, "white_matter": 3}  # the classes of lod7
 SIDES = "synthseg33"
 LEFT, RIGHT = 1, 2
 LATTICE_MM, BLOCK_MM, CUBE_MM, AROUND_HEAD_MM = 2.0, 4.0, 32.0, 8.0
@@ -37,8 +40,9 @@ FACES = ("right", "left", "superior", "inferior", "posterior", "anterior")
 
 
 def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, native_affine: np.ndarray, native_shape: tuple[int, ...],
-            untouched: bool = True) -> dict:  # fmt: skip
-    """All figures of a T1w (D, H, W) uint8 LIA and its label ids (D, H, W) of a source that lod7 reads, or None; by column of the table quality.
+            classes: str = CLASSES, untouched: bool = True) -> dict:  # fmt: skip
+    """All figures of a T1w (D, H, W) uint8 LIA and its label ids (D, H, W) of a source that protocol ``classes`` (lod7 or one of
+    :data:`TISSUES`) reads, or None; by column of the table quality.
 
     ``affine`` (4, 4) grid voxel → mm; ``native_affine``, ``native_shape`` of the scan's own grid, whose field of view is meant.
     ``untouched``: intensities went through the robust window alone, so that air is what the scanner gave. What is not defined is None.
@@ -60,7 +64,8 @@ def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, nati
     if ids is None:
         return figures
     bright = float(np.searchsorted(np.cumsum(histogram), 0.9995 * grey.size))
-    return figures | _of_labels(grey, np.ascontiguousarray(ids[lattice]), in_head, lattice_mm, noise=figures["noise"] or 0.0, bright=bright)
+    noise = figures["noise"] or 0.0
+    return figures | _of_labels(grey, np.ascontiguousarray(ids[lattice]), in_head, lattice_mm, classes=classes, noise=noise, bright=bright)
 
 
 def field_of_view(affine: np.ndarray, native_affine: np.ndarray, native_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -195,22 +200,25 @@ def interior(labels: np.ndarray) -> np.ndarray:
     return same
 
 
-def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
-    """Figures that labels give, of the box around them; none where lod7 knows none of them. ``bright``: the 99.95 % point of all intensities."""
+def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, *, classes: str, noise: float, bright: float) -> dict:
+    """Figures that labels give, of the box around them; none where they have no brain. ``bright``: the 99.95 % point of all intensities."""
     box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in bounding_box(ids))
-    labels = np.take(class_of_id(), ids[box])
+    labels = np.take(class_of_id(classes), ids[box])
     brain = labels > 0
     if not brain.any():
         return {}
     everywhere = np.zeros(grey.shape, bool)
     everywhere[box] = brain
     figures = {"brain_cut_cm2": cut_cm2(faces(everywhere), voxel_mm), "labels_outside": float(1 - in_head[box][brain].mean())}
+    figures |= _of_tissues(grey[box], labels, voxel_mm, noise=noise, bright=bright)
+    if classes != CLASSES:
+        return figures
     sides = np.take(_sides(), ids[box])
     left, right = ((sides == side).sum((1, 2)) for side in (LEFT, RIGHT))
     figures |= {"asymmetry": asymmetry(int(left.sum()), int(right.sum())), "left_mm": apart_mm(left, right, voxel_mm)}
     number, voxel_ml = np.bincount(labels.ravel(), minlength=7)[1:], voxel_mm**3 / 1000
     figures["volumes_ml"] = [{"class_name": name, "ml": float(n * voxel_ml)} for name, n in zip(_protocol().foreground, number, strict=True)]
-    return figures | _of_tissues(grey[box], labels, voxel_mm, noise=noise, bright=bright)
+    return figures
 
 
 def _of_tissues(grey: np.ndarray, labels: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
@@ -314,10 +322,11 @@ def _protocol() -> protocols.Protocol:
 
 
 @functools.cache
-def class_of_id() -> np.ndarray:
-    """(65536,) uint8: class of each id, 0 for what lod7 leaves out or does not name."""
-    table = _protocol().table
-    return np.where(table < _protocol().classes, table, 0).astype(np.uint8)
+def class_of_id(name: str = CLASSES) -> np.ndarray:
+    """(65536,) uint8: lod7's class of each id, 0 for what it leaves out or does not name; of another protocol's ids, grey and white matter."""
+    table = protocols.load(name)
+    of = range(table.classes) if name == CLASSES else [_TISSUE_OF_GROUP.get(group, 0) for group in table.groups]
+    return np.array([*of, 0], dtype=np.uint8)[np.minimum(table.table, table.classes)]
 
 
 @functools.cache

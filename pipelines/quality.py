@@ -18,7 +18,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.ledgers import Withdrawn, withdrawn
 from data_registry.params import Resources, fingerprint, load_params
-from data_registry.quality import CLASSES, measure
+from data_registry.quality import CLASSES, TISSUES, measure
 from data_registry.quality_rules import beside_site, judge, suspicion
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store
@@ -32,7 +32,7 @@ log = logging.getLogger("lodbrain.quality")
 QUALITY_TABLE = Path("tables/quality.parquet")
 PAGES = Path("quality")
 FOUND = Path("cache/quality")
-FIGURES_VERSION = 1
+FIGURES_VERSION = 2
 """Part of what is kept; raise it when a change of code changes a figure or a picture."""
 FEW = 64
 """Scans that are looked at sooner than Ray has started."""
@@ -105,18 +105,25 @@ def look_at_shard(store: ShardStore, item: dict) -> int:
     """One task: figures and picture of each scan of a shard, written as JSON, whole or not at all. Returns how many."""
     found = []
     for row in item["samples"]:
-        source = next((name for name in protocol.load(CLASSES).sources if name in row["label_sources"]), None)
+        classes, source = _labels_of(row)
         columns = ["t1w_x1"] + [f"{source}_x1"] * (source is not None)
         arrays = store.read_row(row["shard"], row["row_group"], columns, scan_id=row["scan_id"], sha256=row["shard_sha256"])
         t1w, ids = arrays["t1w_x1"], arrays.get(f"{source}_x1")
         affine, native_affine = (np.reshape(row[name], (4, 4)) for name in ("affine", "native_affine"))
         shape = tuple(row["native_shape"])
-        figures = measure(t1w, ids, affine=affine, native_affine=native_affine, native_shape=shape, untouched=item["untouched"])
-        picture = base64.b64encode(thumbnail(t1w, ids)).decode()
+        where = {"affine": affine, "native_affine": native_affine, "native_shape": shape}
+        figures = measure(t1w, ids, **where, classes=classes, untouched=item["untouched"])
+        picture = base64.b64encode(thumbnail(t1w, ids, classes=classes)).decode()
         found.append({"scan_id": row["scan_id"], "figures": figures, "picture": picture})
     with replacing(item["found"]) as aside:
         aside.write_text(json.dumps(found), encoding="utf-8")
     return len(found)
+
+
+def _labels_of(sample: dict) -> tuple[str, str | None]:
+    """The protocol that tissues are taken from, and the source whose label map has them; the default and None without one."""
+    read = ((name, source) for name in (CLASSES, *TISSUES) for source in protocol.load(name).sources if source in sample["label_sources"])
+    return next(read, (CLASSES, None))
 
 
 def _kept(path: str | Path) -> list[dict] | None:

@@ -38,6 +38,7 @@ def main() -> None:
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
     findings, people = find_people(usable, labelled, {row["database"]: find_database(row["database"]) for row in usable})
+    write_findings(findings)  # also for who must look at them since the split is refused
     rows, notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
@@ -67,7 +68,6 @@ def main() -> None:
         "people": people,
         "notes": general,
     }
-    write_findings(findings)
     write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
     with replacing(SPLIT_PROOF) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

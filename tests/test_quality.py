@@ -137,6 +137,18 @@ def test_volumes_sides_and_place_of_the_labels():
     assert figures["labels_outside"] == 0 and measured(t1w, np.roll(ids, 20, axis=1))["labels_outside"] > 0.2
 
 
+@pytest.mark.parametrize(("classes", "gm", "wm"), [("fsl_fast", 2, 3), ("spm_tissue", 2, 3), ("malp_em_tissue", 4, 3)])
+def test_tissues_of_other_tools_give_contrast_and_no_volumes(classes, gm, wm):
+    t1w, ids = head(noise=4)
+    tissues = np.select([np.isin(ids, GM), np.isin(ids, WM)], [gm, wm]).astype(np.uint16)
+    figures, others = measured(t1w, ids), measured(t1w, tissues, classes=classes)
+    lacking = {"volumes_ml", "asymmetry", "left_mm"}
+    assert others == {name: value for name, value in figures.items() if name not in lacking} and others["cnr"] > 1
+    assert thumbnail(t1w, tissues, classes=classes) == thumbnail(t1w, ids)
+    assert stage._labels_of({"label_sources": ["x", classes]}) == (classes, classes)
+    assert stage._labels_of({"label_sources": [classes, "aseg"]}) == ("lod7", "aseg") and stage._labels_of({"label_sources": ["x"]}) == ("lod7", None)
+
+
 def test_the_field_of_view_and_not_the_grid_cuts():
     t1w, ids = head()
     native = LIA.copy()
