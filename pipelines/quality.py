@@ -16,6 +16,7 @@ import numpy as np
 from data_registry import protocol
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
+from data_registry.intensity import Intensity, Preparation, above_air
 from data_registry.ledgers import Withdrawn, withdrawn
 from data_registry.params import Resources, fingerprint, load_params
 from data_registry.quality import CLASSES, TISSUES, measure
@@ -47,7 +48,7 @@ def main() -> None:
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
     left_out += [row for row in scans.values() if row["reason"] is not None and not gone.has_scan(row["scan_id"])]
     preparation = json.loads(table_metadata(SAMPLES_TABLE).get("preparation", "{}"))
-    items = plan_looks(samples, untouched=preparation.get("intensity", "robust") == "robust")
+    items = plan_looks(samples, preparation.get("intensity", "robust"))
     FOUND.mkdir(parents=True, exist_ok=True)
     _look_at_all([item for item in items if _kept(item["found"]) is None], open_store(params.resources), params.resources)
     found = {one["scan_id"]: one for item in items for one in _kept(item["found"])}
@@ -73,15 +74,15 @@ def forget(gone: Withdrawn) -> int:
     return number
 
 
-def plan_looks(samples: list[dict], *, untouched: bool) -> list[dict]:
+def plan_looks(samples: list[dict], intensity: Intensity) -> list[dict]:
     """An item a shard: its samples, how its intensities were made, and the file that keeps what is found in it."""
     members = defaultdict(list)
     for row in samples:
         members[row["shard"]].append(row)
     items = []
     for shard, rows in sorted(members.items()):
-        key = fingerprint(FIGURES_VERSION, rows[0]["shard_sha256"], untouched)
-        items.append({"shard": shard, "samples": rows, "untouched": untouched, "found": str((FOUND / f"{key}.json").absolute())})
+        key = fingerprint(FIGURES_VERSION, rows[0]["shard_sha256"], intensity)
+        items.append({"shard": shard, "samples": rows, "intensity": intensity, "found": str((FOUND / f"{key}.json").absolute())})
     return items
 
 
@@ -108,11 +109,11 @@ def look_at_shard(store: ShardStore, item: dict) -> int:
         classes, source = _labels_of(row)
         columns = ["t1w_x1"] + [f"{source}_x1"] * (source is not None)
         arrays = store.read_row(row["shard"], row["row_group"], columns, scan_id=row["scan_id"], sha256=row["shard_sha256"])
-        t1w, ids = arrays["t1w_x1"], arrays.get(f"{source}_x1")
+        t1w, ids = above_air(arrays["t1w_x1"], Preparation(item["intensity"])), arrays.get(f"{source}_x1")
         affine, native_affine = (np.reshape(row[name], (4, 4)) for name in ("affine", "native_affine"))
         shape = tuple(row["native_shape"])
         where = {"affine": affine, "native_affine": native_affine, "native_shape": shape}
-        figures = measure(t1w, ids, **where, classes=classes, untouched=item["untouched"])
+        figures = measure(t1w, ids, **where, classes=classes, untouched=item["intensity"] == "robust")
         picture = base64.b64encode(thumbnail(t1w, ids, classes=classes)).decode()
         found.append({"scan_id": row["scan_id"], "figures": figures, "picture": picture})
     with replacing(item["found"]) as aside:

@@ -47,6 +47,9 @@ def main() -> None:
     if people["review"]:
         done = "get one role" if "suspected" in params.split.guards else "are not kept apart"
         general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
+    if missing := people["scans_not_described"]:
+        why = "no brain was found in them" if any(row["likeness"] for row in labelled) else "harmonise.likeness is off, or no brain was found"
+        general.append(f"{PEOPLE_TABLE}: {missing} of {len(labelled)} scans are compared with none by their heads ({why})")
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")

@@ -16,6 +16,7 @@ from data_registry import split as rules
 from data_registry.brain_pose import template_maps
 from data_registry.catalogue import Database, SamePeople, Site, SiteRule, load_database
 from data_registry.errors import InputError
+from data_registry.intensity import Preparation, above_air
 from data_registry.likeness import NUMBERS, blocks, describe, likeness, pairs_above, sure_above
 from data_registry.params import Harmonise, load_params
 from data_registry.people import known_apart, merge_people, name_people, read_people
@@ -220,6 +221,13 @@ def test_threads_and_processor_do_not_change_a_bit(tmp_path):
         for changed in ({"OPENBLAS_NUM_THREADS": "1"}, other)
     ]
     assert len(said[0].stdout) > 1000 and said[0].stdout == said[1].stdout
+
+
+def test_a_head_is_found_in_air_with_a_grey_level_of_its_own():
+    picture = again(head(1), 0)
+    striped = (100 + 0.5 * picture).astype(np.uint8)  # as WhiteStripe leaves it
+    assert describe(striped, 4.0) is None
+    assert likeness(describe(picture, 4.0), describe(above_air(striped, Preparation("n4_whitestripe")), 4.0)) > 0.95
 
 
 def test_what_is_no_head_is_not_described():

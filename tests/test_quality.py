@@ -17,6 +17,7 @@ from small_heads import CHECKOUT, add_subject, run
 from data_registry import quality, quality_rules
 from data_registry.errors import InputError
 from data_registry.files import sha256
+from data_registry.intensity import Preparation, above_air
 from data_registry.ledgers import Tombstone, Withdrawn, bury
 from data_registry.params import Harmonise
 from data_registry.schema import read_table, write_table
@@ -123,6 +124,15 @@ def test_no_air_is_told_and_not_measured():
         assert words in figures["air_reason"] and figures["noise"] is None and figures["snrd"] is None and figures["fber"] is None
         assert figures["snr_wm"] > 5
     assert measured(blanked, ids)["noise"] == pytest.approx(4, rel=0.06)
+
+
+def test_air_with_a_grey_level_of_its_own_is_no_head():
+    """WhiteStripe's window: air at 90. Else a good scan would be called noise, and signal to noise have the 90 in it."""
+    t1w, ids = head(noise=4)
+    striped = np.rint(90 + 0.5 * t1w).astype(np.uint8)
+    figures, wrong, robust = (measured(scan, ids) for scan in (above_air(striped, Preparation("whitestripe")), striped, t1w))
+    assert quality_rules.judge(wrong)[0] == "fail" and not any("no head" in reason for reason in quality_rules.judge(figures)[1])
+    assert figures["snr_wm"] == pytest.approx(robust["snr_wm"], rel=0.03) and figures["cnr"] == pytest.approx(robust["cnr"], rel=0.03)
 
 
 def test_volumes_sides_and_place_of_the_labels():
@@ -390,7 +400,9 @@ def test_the_split_leaves_out_what_fails_only_if_asked(project):
     write_table(stage.QUALITY_TABLE, "quality", rows)
     split.main()
     assert {one["scan_id"] for one in read_table(split.SPLIT_TABLE, "split").to_pylist()} == {"db_sub-01", "db_sub-02"}
-    assert "db_sub-00: left out, its quality fails: it is dark" in json.loads(split.SPLIT_PROOF.read_text())["notes"]
+    notes = json.loads(split.SPLIT_PROOF.read_text())["notes"]
+    assert "db_sub-00: left out, its quality fails: it is dark" in notes
+    assert "tables/people.tsv: 2 of 2 scans are compared with none by their heads (harmonise.likeness is off, or no brain was found)" in notes
     write_table(stage.QUALITY_TABLE, "quality", [rows[0], rows[1] | {"shard_sha256": "other"}, rows[2]])
     with pytest.raises(InputError, match="not about db_sub-01 as it stands in tables/samples.parquet; run `python -m pipelines.quality` again"):
         split.main()
