@@ -1,5 +1,6 @@
 """The one error a user meets: a line that names the file or site, the field, what came and what was wanted."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
@@ -9,8 +10,14 @@ class InputError(ValueError):
     """The user's input cannot be used; the message is one complete line."""
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; an :class:`InputError` or an error of the file system becomes one line on stderr and exit status 2."""
+def run_stage(main: Callable[[], None], *, about: str | None = None) -> None:
+    """Run a command's ``main``; an :class:`InputError` or an error of the file system becomes one line on stderr and exit status 2.
+
+    ``about``: of a command without arguments what ``--help`` says; whatever else stands behind it is refused and not passed over.
+    """
+    if about is not None:
+        name = f"python -m {sys.modules['__main__'].__spec__.name}"
+        argparse.ArgumentParser(prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("lodbrain").setLevel(logging.INFO)
     try:

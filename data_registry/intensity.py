@@ -26,6 +26,7 @@ N4_ITERATIONS = (25, 25, 25)  # at most, on lattices of 1, 2 and 4 elements alon
 WHITE = 160
 STRIPE_LEVELS = 1.25     # keeps grey matter above 0 and air near it, where one σ of the stripe is from 1/280 to 1/50 of the peak
 STRIPE = 0.05            # of the voxels, on either side of the peak
+AIR = 0.01               # of the voxels that are seen
 DEEP = 1 / 3             # of the greatest depth: scalp, fat and most of the skull lie nearer to the air
 DEPTH_VOXEL_MM = 4.0
 BINS = 8192              # over the robust range and an eighth of it more
@@ -82,6 +83,21 @@ def prepare(volume: Volume, *, grid: str, preparation: Preparation) -> Conformed
         return conformed
     table = nyul.table_for(np.bincount(conformed.data.ravel(), minlength=256), preparation.scale)
     return replace(conformed, data=table[conformed.data])
+
+
+def above_air(t1w: np.ndarray, preparation: Preparation) -> np.ndarray:
+    """A prepared T1w, uint8, with its air at 0: WhiteStripe gives air, and what a stripped scan has in its place, a grey level of its own.
+
+    It is the level that AIR of the voxels reach that are not 0, as they are where the scan ends.
+
+    >>> above_air(np.array([0, 90, 90, 92, 160], np.uint8), Preparation("whitestripe")).tolist()
+    [0, 0, 0, 2, 70]
+    """
+    if not preparation.intensity.endswith("whitestripe"):
+        return t1w
+    seen = np.cumsum(np.bincount(t1w.ravel(), minlength=256)[1:])
+    air = np.uint8(1 + np.searchsorted(seen, AIR * seen[-1]))
+    return np.maximum(t1w, air) - air
 
 
 def without_bias(volume: Volume) -> Volume:

@@ -2,7 +2,8 @@
 
 The brain is brought onto a template (:mod:`data_registry.brain_pose`). What describes a person is what is left of it once template, tissue maps,
 slow shading and every small error of the pose are fitted away, band-passed, with equal power everywhere, and projected on signs drawn by a hash.
-So skull, face, neck, place and turn of the head, scale and bias of the intensities count little. A mirrored copy is another head.
+So skull, face, neck, place and turn of the head, scale and bias of the intensities count little. A mirrored copy is another head. The numbers
+stand in shards: they are the same bits with any number of threads and on any x86-64 processor.
 
 How sure it is stands in README ("Who is who") and is measured by ``tests/benchmarks/bench_people.py``.
 """
@@ -16,6 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from data_registry.brain_pose import TURN_MM, at_4mm, brain_mask, clipped, flat, motions_of, register, sample, template_maps
+from data_registry.plain_algebra import orthonormal, times
 
 NUMBERS = 512
 COARSEST_MM = 4.6
@@ -35,14 +37,14 @@ def describe(t1w: np.ndarray, voxel_mm: float) -> np.ndarray | None:
         return None
     inside, rows, spanned, signs = _brain()
     values = clipped(sample(picture, register(picture), rows), slice(None), 0.95)
-    rest = values - spanned @ (spanned.T @ values)
+    rest = values - np.einsum("k,kn->n", times(spanned, values), spanned)
     if values.std() == 0 or 1 - rest.var() / values.var() < WORST_FIT:
         return None
     band = np.zeros(inside.shape, np.float32)
     band[inside] = rest
     band = (_smooth(band, 0.7, inside) - _smooth(band, 2.5, inside)) * inside
     band /= np.sqrt(_smooth(band**2, 2.5, inside) + 1e-6)
-    projected = (band[inside] - band[inside].mean()) @ signs
+    projected = times(signs, band[inside] - band[inside].mean())
     return np.rint(np.clip(projected / projected.std() * 32, -127, 127)).astype(np.int8)
 
 
@@ -100,7 +102,7 @@ def _smooth(volume: np.ndarray, sigma: float, inside: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _brain() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Inner brain of the template, its points (n, 3) mm, an orthonormal basis (n, k) of what is no person's own, signs (n, NUMBERS)."""
+    """Inner brain of the template, its points (n, 3) mm, an orthonormal basis (k, n) of what is no person's own, signs (NUMBERS, n)."""
     brain, _ = brain_mask()
     inside = ndimage.binary_erosion(brain)
     points, template, motions, _ = (array[inside[brain]] for array in motions_of(0.0, 0))
@@ -110,4 +112,4 @@ def _brain() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     common = [*tissues, np.ones(len(points)), *place.T, *shading, *(template * axis for axis in place.T), *motions.T]
     bits = np.frombuffer(hashlib.shake_256(b"likeness").digest(len(points) * NUMBERS // 8), np.uint8)
     signs = np.unpackbits(bits).reshape(len(points), NUMBERS).astype(np.float32) * 2 - 1
-    return inside, points, np.linalg.qr(np.stack(common, 1))[0].astype(np.float32), signs
+    return inside, points, orthonormal(np.stack(common))[0], np.ascontiguousarray(signs.T)

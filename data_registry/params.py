@@ -58,7 +58,7 @@ class Harmonise(Section):
     class_protocols: Annotated[tuple[str, ...], LeftOutIf(())] = ()
     """Protocols whose classes alone are stored: quicker to read than source ids that must be looked up, and no counts of many classes."""
     likeness: Annotated[bool, LeftOutIf(True)] = True
-    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.15 s a scan."""
+    """Describe each brain by 512 numbers, by which the split finds people who stand in two databases; 0.17 s a scan."""
     shards_per_site: Annotated[int, Field(ge=1, le=999)] = 4
 
     @field_validator("grid")
@@ -80,6 +80,9 @@ class Harmonise(Section):
         return value
 
 
+Guard = Literal["person", "family", "content", "suspected", "scanner"]
+
+
 class Split(Section):
     """Who is held out."""
 
@@ -89,8 +92,8 @@ class Split(Section):
     """Grouped folds, never more than there are groups; every group is held out exactly once. 1: none is, and unseen people alone are the test."""
     holdout: tuple[str, ...] = ()
     """Instead of folds: the groups held out together in one fold."""
-    guards: tuple[Literal["person", "family", "content", "scanner"], ...] = ("person", "family", "content", "scanner")
-    """What may never stand on both sides of a fold."""
+    guards: tuple[Guard, ...] = ("person", "family", "content", "suspected", "scanner")
+    """What may never stand on both sides of a fold. suspected: whose heads are so alike that somebody is to look (tables/people.tsv)."""
     val_share: Share = 0.15
     """Of the people of training places, for early stopping and the choice of a checkpoint."""
     internal_share: Share = 0.25

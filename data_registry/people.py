@@ -60,7 +60,7 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
                 log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", *said)
             ties += found
     ties += [{of_subject[key], KNOWN + person} for key, person in known.items() if key in of_subject]
-    if absent := [key for key in known if key not in of_subject and key[0] in databases]:
+    if absent := [key for key in known if key not in of_subject and (key[0] in databases or key[0] not in catalogue())]:
         log.warning("%d subjects of index.people are not there, e.g. sub-%s of %s", len(absent), absent[0][1], absent[0][0])
     merge_people(rows, ties)
     person_of = {(row["database"], row["subject"]): row["person"] for row in rows}
@@ -111,6 +111,18 @@ def known_apart(one: str, two: str) -> bool:
     (True, False)
     """
     return one.startswith(KNOWN) and two.startswith(KNOWN) and one != two
+
+
+def people_by_split(scans: Iterable[Mapping], split: Iterable[Mapping]) -> dict[str, str | None]:
+    """scan_id → person of all ``scans`` by the names of the ``split``, who saw voxels and likeness; also of scans that it gives no role.
+
+    >>> scans = [{"scan_id": s, "person": p} for s, p in (("a_1", "a/1"), ("b_1", "b/1"), ("b_1_second", "b/1"), ("c_1", "c/1"))]
+    >>> people_by_split(scans, [{"scan_id": "a_1", "person": "a/1"}, {"scan_id": "b_1", "person": "a/1"}])
+    {'a_1': 'a/1', 'b_1': 'a/1', 'b_1_second': 'a/1', 'c_1': 'c/1'}
+    """
+    indexed = {scan["scan_id"]: scan["person"] for scan in scans}
+    became = {indexed[row["scan_id"]]: row["person"] for row in split if row["scan_id"] in indexed}
+    return {scan_id: became.get(person, person) for scan_id, person in indexed.items()}
 
 
 def share_people(one: str, two: str, databases: Mapping[str, Database]) -> bool:

@@ -4,7 +4,8 @@ Names and definitions are MRIQC's (Esteban et al., PLoS ONE 12:e0184661, 2017) w
 
 - All is measured on the standard grid, uint8, on a lattice of voxels about 2 mm apart. Interpolation and the window of intensities change noise,
   so figures compare scans of one grid; they are not MRIQC's of the same scan to the digit.
-- Tissues are the labels' (protocol lod7), by voxels whose six neighbours belong to the same class: none on a border.
+- Tissues are the labels' (protocol lod7, else those of FSL FAST, SPM or MALP-EM, which give no volumes and sides here), by voxels whose six
+  neighbours belong to the same class: none on a border.
 - The bias field is not estimated: deviations of a tissue are those within cubes of 32 mm, over which it is nearly even; how far white matter
   differs between cubes is a figure of its own.
 - Noise of the air is its standard deviation, which an offset of the window does not move, times 1.53 for Rayleigh's distribution.
@@ -13,6 +14,7 @@ Names and definitions are MRIQC's (Esteban et al., PLoS ONE 12:e0184661, 2017) w
 """
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,6 +22,8 @@ from data_registry import protocol as protocols
 from data_registry.resample import bounding_box
 
 CLASSES = "lod7"
+TISSUES = ("fsl_fast", "spm_tissue", "malp_em_tissue", "malp_em")
+_TISSUE_OF_GROUP = {"cortex": 1, "white_matter": 3}  # the classes of lod7
 SIDES = "synthseg33"
 LEFT, RIGHT = 1, 2
 LATTICE_MM, BLOCK_MM, CUBE_MM, AROUND_HEAD_MM = 2.0, 4.0, 32.0, 8.0
@@ -36,8 +40,9 @@ FACES = ("right", "left", "superior", "inferior", "posterior", "anterior")
 
 
 def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, native_affine: np.ndarray, native_shape: tuple[int, ...],
-            untouched: bool = True) -> dict:  # fmt: skip
-    """All figures of a T1w (D, H, W) uint8 LIA and its label ids (D, H, W) of a source that lod7 reads, or None; by column of the table quality.
+            classes: str = CLASSES, untouched: bool = True) -> dict:  # fmt: skip
+    """All figures of a T1w (D, H, W) uint8 LIA and its label ids (D, H, W) of a source that protocol ``classes`` (lod7 or one of
+    :data:`TISSUES`) reads, or None; by column of the table quality.
 
     ``affine`` (4, 4) grid voxel → mm; ``native_affine``, ``native_shape`` of the scan's own grid, whose field of view is meant.
     ``untouched``: intensities went through the robust window alone, so that air is what the scanner gave. What is not defined is None.
@@ -49,16 +54,18 @@ def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, nati
     lattice = tuple(slice(-(-part.start // step) * step, part.stop, step) for part in inside)
     grey = np.ascontiguousarray(t1w[lattice])
     block = max(1, round(BLOCK_MM / lattice_mm))
-    head, level = head_of(grey, block=block)
-    histogram = np.bincount(grey.ravel(), minlength=256)
+    sums = _block_sums(grey, block)
+    head, level = head_of(sums / block**3)
+    histogram = _histogram(grey.ravel())
     figures = {"own_voxel_mm": float(np.linalg.norm(native_affine[:3, :3], axis=0).max()), "efc": efc(histogram)}
-    figures |= _of_air(grey, head, block, lattice_mm) if untouched else dict(NO_AIR)
+    figures |= _of_air(grey, sums, head, block, lattice_mm) if untouched else dict(NO_AIR)
     in_head = _upsampled(head, block, grey.shape)
-    figures["head_cut_cm2"] = cut_cm2(in_head & (grey > level), lattice_mm)
+    figures["head_cut_cm2"] = cut_cm2((inside & (values > level) for inside, values in zip(faces(in_head), faces(grey), strict=True)), lattice_mm)
     if ids is None:
         return figures
     bright = float(np.searchsorted(np.cumsum(histogram), 0.9995 * grey.size))
-    return figures | _of_labels(grey, np.ascontiguousarray(ids[lattice]), in_head, lattice_mm, noise=figures["noise"] or 0.0, bright=bright)
+    noise = figures["noise"] or 0.0
+    return figures | _of_labels(grey, np.ascontiguousarray(ids[lattice]), in_head, lattice_mm, classes=classes, noise=noise, bright=bright)
 
 
 def field_of_view(affine: np.ndarray, native_affine: np.ndarray, native_shape: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -91,34 +98,51 @@ def efc(histogram: np.ndarray) -> float | None:
     return float(-(counts * share * np.log(share)).sum() / (np.sqrt(voxels) * np.log(np.sqrt(voxels)))) + 0.0
 
 
-def head_of(grey: np.ndarray, *, block: int) -> tuple[np.ndarray, float]:
-    """The head, on blocks of ``block``³ voxels of ``grey`` (ends that fill none are left out), and the intensity that bounds it from air.
+def head_of(means: np.ndarray) -> tuple[np.ndarray, float]:
+    """The head, by the mean intensities of blocks, and the intensity that bounds it from air.
 
-    A quarter of the median of what is brighter than the mean; the largest piece of the block means above it, its holes filled.
+    A quarter of the median of what is brighter than the mean; the largest piece of what lies above it, its holes filled.
     """
     from scipy import ndimage
 
-    means = _block_sums(grey, block) / block**3
     above = means[means > means.mean()]
     level = float(np.median(above)) / 4 if above.size else 0.0
     pieces, number = ndimage.label(means > level)
     sizes = np.bincount(pieces.ravel())[1:]
     head = pieces == 1 + int(sizes.argmax()) if number else np.zeros(means.shape, bool)
-    return ndimage.binary_fill_holes(head), level
+    return filled(head), level
 
 
-def cut_cm2(tissue: np.ndarray, voxel_mm: float) -> list[float]:
-    """Area of tissue on each of :data:`FACES` of the field of view (D, H, W), cm²; the last but one layer, as the last may be half empty.
+def filled(mask: np.ndarray) -> np.ndarray:
+    """``scipy.ndimage.binary_fill_holes``, by the pieces of what is not in ``mask``: those that reach no edge are holes. A fifth of its time.
+
+    >>> filled(np.array([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 0]], bool)).astype(int).tolist()
+    [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0]]
+    """
+    from scipy import ndimage
+
+    pieces, number = ndimage.label(~mask)
+    hole = np.ones(number + 1, bool)                     # piece 0 is the mask
+    for axis in range(mask.ndim):
+        for end in (0, -1):
+            hole[pieces.take(end, axis=axis)] = False
+    hole[0] = True
+    return hole[pieces]
+
+
+def faces(data: np.ndarray) -> list[np.ndarray]:
+    """The layer of (D, H, W) at each of :data:`FACES`; the last but one, as the last may be half empty."""
+    return [data.take(index, axis=axis) for axis, n in enumerate(data.shape) for index in (min(1, n - 1), max(0, n - 2))]
+
+
+def cut_cm2(layers: Iterable[np.ndarray], voxel_mm: float) -> list[float]:
+    """Area of tissue in each layer, cm².
 
     >>> tissue = np.zeros((4, 4, 4), bool); tissue[1, 1:3, 1] = True
-    >>> cut_cm2(tissue, 10.0)
+    >>> cut_cm2(faces(tissue), 10.0)
     [2.0, 0.0, 1.0, 1.0, 2.0, 0.0]
     """
-    areas = []
-    for axis, length in enumerate(tissue.shape):
-        for index in (min(1, length - 1), max(0, length - 2)):
-            areas.append(float(np.count_nonzero(tissue.take(index, axis=axis)) * voxel_mm**2 / 100))
-    return areas
+    return [float(np.count_nonzero(layer) * voxel_mm**2 / 100) for layer in layers]
 
 
 def asymmetry(left: int, right: int) -> float | None:
@@ -176,22 +200,25 @@ def interior(labels: np.ndarray) -> np.ndarray:
     return same
 
 
-def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
-    """Figures that labels give, of the box around them; none where lod7 knows none of them. ``bright``: the 99.95 % point of all intensities."""
+def _of_labels(grey: np.ndarray, ids: np.ndarray, in_head: np.ndarray, voxel_mm: float, *, classes: str, noise: float, bright: float) -> dict:
+    """Figures that labels give, of the box around them; none where they have no brain. ``bright``: the 99.95 % point of all intensities."""
     box = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in bounding_box(ids))
-    labels = class_of_id()[ids[box]]
+    labels = np.take(class_of_id(classes), ids[box])
     brain = labels > 0
     if not brain.any():
         return {}
     everywhere = np.zeros(grey.shape, bool)
     everywhere[box] = brain
-    figures = {"brain_cut_cm2": cut_cm2(everywhere, voxel_mm), "labels_outside": float(1 - in_head[box][brain].mean())}
-    sides = _sides()[ids[box]]
+    figures = {"brain_cut_cm2": cut_cm2(faces(everywhere), voxel_mm), "labels_outside": float(1 - in_head[box][brain].mean())}
+    figures |= _of_tissues(grey[box], labels, voxel_mm, noise=noise, bright=bright)
+    if classes != CLASSES:
+        return figures
+    sides = np.take(_sides(), ids[box])
     left, right = ((sides == side).sum((1, 2)) for side in (LEFT, RIGHT))
     figures |= {"asymmetry": asymmetry(int(left.sum()), int(right.sum())), "left_mm": apart_mm(left, right, voxel_mm)}
     number, voxel_ml = np.bincount(labels.ravel(), minlength=7)[1:], voxel_mm**3 / 1000
     figures["volumes_ml"] = [{"class_name": name, "ml": float(n * voxel_ml)} for name, n in zip(_protocol().foreground, number, strict=True)]
-    return figures | _of_tissues(grey[box], labels, voxel_mm, noise=noise, bright=bright)
+    return figures
 
 
 def _of_tissues(grey: np.ndarray, labels: np.ndarray, voxel_mm: float, *, noise: float, bright: float) -> dict:
@@ -215,12 +242,11 @@ def _of_tissues(grey: np.ndarray, labels: np.ndarray, voxel_mm: float, *, noise:
     return figures
 
 
-def _of_air(grey: np.ndarray, head: np.ndarray, block: int, voxel_mm: float) -> dict:
-    """Figures of the air around ``head``, and of the head against it; or why there are none."""
+def _of_air(grey: np.ndarray, sums: np.ndarray, head: np.ndarray, block: int, voxel_mm: float) -> dict:
+    """Figures of the air around ``head``, and of the head against it, by voxels and their ``sums`` over blocks; or why there are none."""
     from scipy import ndimage
 
     around = ndimage.binary_dilation(head, iterations=max(1, round(AROUND_HEAD_MM / voxel_mm / block)))
-    sums = _block_sums(grey, block)
     outside, air = int((~around).sum()), ~around & (sums > 0)
     blocks = int(air.sum())
     if blocks < LEAST_AIR_BLOCKS:
@@ -228,13 +254,13 @@ def _of_air(grey: np.ndarray, head: np.ndarray, block: int, voxel_mm: float) -> 
         return NO_AIR | {"air_reason": f"{blocks} blocks of {size} with signal lie outside the head; {LEAST_AIR_BLOCKS} are wanted"}
     if blocks < LEAST_AIR_SHARE * outside:
         return NO_AIR | {"air_reason": f"the background is empty in {1 - blocks / outside:.0%} of the field of view (stripped, masked or padded)"}
-    histogram = np.bincount(_cropped(grey, block)[_repeated(air, block)], minlength=256)
+    histogram = _histogram(_cropped(grey, block)[_repeated(air, block)])
     if histogram[0] > MOST_AIR_ZEROS * histogram.sum():
         return NO_AIR | {"air_reason": f"{histogram[0] / histogram.sum():.0%} of the air is 0: removed, or quieter than one of 255 grey levels"}
     levels, number = np.arange(256), histogram.sum()
     mean = (histogram * levels).sum() / number
     noise = float(np.sqrt((histogram * (levels - mean) ** 2).sum() / number)) / RAYLEIGH_SD
-    of_head = np.bincount(_cropped(grey, block)[_repeated(head, block)], minlength=256)
+    of_head = _histogram(_cropped(grey, block)[_repeated(head, block)])
     foreground, background = _median(of_head), _median(histogram)
     means = sums[air] / block**3
     middle = np.median(means)
@@ -250,6 +276,13 @@ def _of_air(grey: np.ndarray, head: np.ndarray, block: int, voxel_mm: float) -> 
 
 def _ratio(top: float | None, bottom: float | None) -> float | None:
     return float(top / bottom) if top is not None and bottom else None
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """(256,) counts of (n,) uint8: of pairs, then of both halves, in half the time."""
+    even = values.size // 2 * 2
+    pairs = np.bincount(values[:even].view(np.uint16), minlength=65536).reshape(256, 256)
+    return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
 
 
 def _median(histogram: np.ndarray) -> float:
@@ -280,7 +313,8 @@ def _repeated(blocks: np.ndarray, block: int) -> np.ndarray:
 
 def _upsampled(blocks: np.ndarray, block: int, shape: tuple[int, ...]) -> np.ndarray:
     """Blocks → voxels of ``shape``; what fills no block is taken from the nearest."""
-    return np.pad(_repeated(blocks, block), [(0, n - m * block) for n, m in zip(shape, blocks.shape, strict=True)], mode="edge")
+    lacking = [(0, n - m * block) for n, m in zip(shape, blocks.shape, strict=True)]
+    return np.pad(_repeated(blocks, block), lacking, mode="edge") if np.any(lacking) else _repeated(blocks, block)
 
 
 def _protocol() -> protocols.Protocol:
@@ -288,10 +322,11 @@ def _protocol() -> protocols.Protocol:
 
 
 @functools.cache
-def class_of_id() -> np.ndarray:
-    """(65536,) uint8: class of each id, 0 for what lod7 leaves out or does not name."""
-    table = _protocol().table
-    return np.where(table < _protocol().classes, table, 0).astype(np.uint8)
+def class_of_id(name: str = CLASSES) -> np.ndarray:
+    """(65536,) uint8: lod7's class of each id, 0 for what it leaves out or does not name; of another protocol's ids, grey and white matter."""
+    table = protocols.load(name)
+    of = range(table.classes) if name == CLASSES else [_TISSUE_OF_GROUP.get(group, 0) for group in table.groups]
+    return np.array([*of, 0], dtype=np.uint8)[np.minimum(table.table, table.classes)]
 
 
 @functools.cache

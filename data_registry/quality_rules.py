@@ -29,6 +29,8 @@ import numpy as np
 
 from data_registry.quality import FACES
 
+READ_WITH_DOUBT = ("left and right are not certain", "NaN or infinite voxels read as 0")
+"""How warnings of :mod:`data_registry.volume` end that ask for a review; others, of a long neck or of labels of large voxels, do not."""
 MIN_SNR_WM = 12.0
 MIN_CNR = 1.0
 MAX_OUTSIDE, FAIL_OUTSIDE = 0.05, 0.2
@@ -96,8 +98,11 @@ def expected(age_years: float | None) -> Ages:
     return next((row for row in AGES if age_years < row.below_years), ANY_AGE)
 
 
-def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[str, float] | None = None) -> tuple[str, list[str]]:
-    """Verdict and reasons, failures first, of the figures of one scan; ``beside``: deviations from its site, see :func:`beside_site`."""
+def judge(
+    figures: Mapping, *, age_years: float | None = None, beside: Mapping[str, float] | None = None, warnings: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """Verdict and reasons, failures first, of the figures of one scan; ``beside``: deviations from its site, see :func:`beside_site`;
+    ``warnings``: what harmonise said of it."""
     failures, doubts = [], []
     snr, infant = figures.get("snr_wm"), expected(age_years).below_years <= CONTRAST_FROM_YEARS
     cnr = None if infant else figures.get("cnr")
@@ -137,6 +142,7 @@ def judge(figures: Mapping, *, age_years: float | None = None, beside: Mapping[s
         if (beside or {}).get(name, 0) > SITE_DEVIATIONS:
             far = f"{beside[name]:.1f} deviations worse than the site's median; at most {SITE_DEVIATIONS} is expected"
             doubts.append(f"{TOLD[name]} is {figures[name]:.3g}, {far}")
+    doubts += [warning for warning in warnings if warning.endswith(READ_WITH_DOUBT)]
     return "fail" if failures else "review" if doubts else "pass", failures + doubts
 
 

@@ -5,8 +5,9 @@ A fold has four roles: ``external_test`` (held-out groups, e.g. places), ``inter
 with the reason. With k folds a person is ``internal_test`` in at most one fold and ``external_test`` in exactly one, so that internal and
 external scores compare the same scans.
 
-Guards keep what must not stand on both sides apart: person, family and content (the same bytes) tie people together, also through
-others, and a tied person never stands on both sides; scanner keeps a held-out group's machines out of training.
+Guards keep what must not stand on both sides apart: person, family, content (the same bytes) and suspected (heads alike, see
+:mod:`pipelines.people`) tie people together, also through others, and a tied person never stands on both sides; scanner keeps a held-out
+group's machines out of training.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from data_registry.errors import InputError
 from data_registry.params import Split, fingerprint
 
 ROLES = ("train", "val", "internal_test", "external_test", "excluded")
-_PEOPLE_GUARDS = {"person": "person", "family": "family", "content": "t1w_sha256"}
+_PEOPLE_GUARDS = {"person": "person", "family": "family", "content": "t1w_sha256", "suspected": "suspected"}
 FEW_PEOPLE = 2
 
 
@@ -69,7 +70,7 @@ def _group(scan: dict, key: str) -> str:
 
 
 def _tied_people(scans: list[dict], settings: Split) -> dict[str, str]:
-    """scan_id → unit: scans that share a person, a family or bytes, directly or through others, are one unit."""
+    """scan_id → unit: scans that share a person, a family, bytes or a suspicion, directly or through others, are one unit."""
     parent = {scan["scan_id"]: scan["scan_id"] for scan in scans}
 
     def root(item: str) -> str:
@@ -81,7 +82,7 @@ def _tied_people(scans: list[dict], settings: Split) -> dict[str, str]:
     first: dict[tuple[str, str], str] = {}
     for scan in scans:
         for guard, column in _PEOPLE_GUARDS.items():
-            if guard in settings.guards and scan[column]:
+            if guard in settings.guards and scan.get(column):
                 a, b = root(first.setdefault((guard, scan[column]), scan["scan_id"])), root(scan["scan_id"])
                 parent[max(a, b)] = min(a, b)
     return {scan_id: root(scan_id) for scan_id in parent}
@@ -189,7 +190,7 @@ def _notes(roles: dict[str, str], unit_of: dict[str, str]) -> list[str]:
 def prove(rows: list[dict], scans: list[dict], settings: Split) -> list[dict]:
     """The leakage proof, from the frozen table alone: for each fold and guard, the keys that stand on both sides (wanted: 0).
 
-    person, family, content: what training or validation saw against both tests, and training against validation. scanner and the
+    person, family, content, suspected: what training or validation saw against both tests, and training against validation. scanner and the
     split's key: everything else against ``external_test``.
     """
     by_id = {scan["scan_id"]: scan for scan in scans}
@@ -198,7 +199,7 @@ def prove(rows: list[dict], scans: list[dict], settings: Split) -> list[dict]:
         role = {row["scan_id"]: row["role"] for row in rows if row["fold"] == fold}
 
         def keys(column: str, *roles: str, role: dict = role) -> set:
-            return {by_id[scan_id][column] for scan_id, r in role.items() if r in roles} - {None, ""}
+            return {by_id[scan_id].get(column) for scan_id, r in role.items() if r in roles} - {None, ""}
 
         for guard, column in _PEOPLE_GUARDS.items():
             if guard in settings.guards:

@@ -22,6 +22,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.experiment import Experiment, Table
 from data_registry.files import replacing
 from data_registry.params import checked
+from data_registry.people import people_by_split
 from data_registry.schema import read_table
 from data_registry.split import resolution
 from lod_model.report_figures import number, signed
@@ -101,7 +102,8 @@ def scores_of(folder: Path, arm: str, table: Table) -> pd.DataFrame:
     if own.empty:
         raise InputError(f"{folder / 'tables' / 'results.parquet'}: no score of {' or '.join(table.roles)}; another split, or table.roles, is wanted")
     samples = read_table(folder / "tables" / "samples.parquet", "samples").to_pandas().set_index("scan_id")
-    people = read_table(folder / "tables" / "scans.parquet", "scans").to_pandas().set_index("scan_id").person
+    scans, split = (read_table(folder / "tables" / f"{name}.parquet", name) for name in ("scans", "split"))
+    people = people_by_split(scans.select(["scan_id", "person"]).to_pylist(), split.select(["scan_id", "person"]).to_pylist())
     parts = {
         "none": lambda: "", "role": lambda: own.role.str.removesuffix("_test"), "protocol": lambda: own.protocol,
         "resolution": lambda: own.scan_id.map(samples.native_affine.map(resolution)) + " mm",
@@ -119,7 +121,7 @@ def scores_of(folder: Path, arm: str, table: Table) -> pd.DataFrame:
         found.append(by_scan.agg(value=("value", "mean"), undefined=("value", _missing)).reset_index())
     scores = pd.concat(found, ignore_index=True).assign(arm=arm)
     scores["person"] = scores.scan_id.map(people).fillna(scores.scan_id)
-    split = read_table(folder / "tables" / "split.parquet", "split").to_pandas()
+    split = split.to_pandas()
     trained = split[split.role == "train"].scan_id.map(samples.native_affine.map(resolution)) + " mm"
     scores["trained"] = scores.part.isin(trained)
     return scores

@@ -21,6 +21,7 @@ from data_registry import protocol as protocols
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.params import Params, load_params
+from data_registry.people import people_by_split
 from data_registry.schema import read_table
 from lod_model import report_figures as figures
 from lod_model.report_figures import MEAN, number, p_value, signed
@@ -89,6 +90,7 @@ def load_inputs(folder: Path) -> Inputs:
     scans = read_table(tables / "scans.parquet", "scans").drop_columns(["labels"]).to_pandas()
     samples = read_table(tables / "samples.parquet", "samples").select(["scan_id", "database", "site", "status", "reason"]).to_pandas()
     split = read_table(tables / "split.parquet", "split").to_pandas()
+    scans["person"] = scans.scan_id.map(people_by_split(scans[["scan_id", "person"]].to_dict("records"), split.to_dict("records")))
     if results.empty:
         raise InputError(f"{tables / 'results.parquet'}: no rows; scores of at least one scan are wanted (run the evaluate stage)")
     path = tables / "split.json"

@@ -28,7 +28,7 @@ import numpy as np
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
-from data_registry.intensity import ROBUST, Preparation, moments, prepare
+from data_registry.intensity import ROBUST, Preparation, above_air, moments, prepare
 from data_registry.label_fit import check_fit
 from data_registry.ledgers import withdrawn
 from data_registry.likeness import describe
@@ -45,7 +45,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 4
+RECIPE_VERSION = 5
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -261,7 +261,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "label_volumes_ml": volumes,
         "voxels_sha256": hashlib.sha256(t1w).hexdigest(),
     }
-    if settings.likeness and (described := describe(t1w, placement.voxel_mm)) is not None:
+    if settings.likeness and (described := describe(above_air(t1w, _preparation(settings)), placement.voxel_mm)) is not None:
         sample["likeness"] = described.tobytes().hex()
     if coarse_mm:
         sample["label_voxel_mm"] = max(coarse_mm)

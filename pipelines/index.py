@@ -294,4 +294,4 @@ def _tell_of_shared(shared: list[list[dict]], checks: list[Reconciliation]) -> N
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

@@ -54,10 +54,10 @@ class Participants:
         return values[0], None
 
     def family(self, subject: str) -> str | None:
-        """What relatives share, where a first row states it, else null."""
-        row = {key.lower(): value for key, value in (self.rows.get(subject) or [{}])[0].items() if key}
-        family = (row.get((self.database.family_column or "").lower()) or "").strip()
-        return f"{self.database.name}/{family}" if family not in ("", "n/a") else None
+        """What relatives share, by the first row that states it, else null."""
+        column = (self.database.family_column or "").lower()
+        stated = [(value or "").strip() for row in self.rows.get(subject, []) for key, value in row.items() if key and key.lower() == column]
+        return next((f"{self.database.name}/{family}" for family in stated if family not in ("", "n/a")), None)
 
 
 def _named_once(header: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Who is who by what harmonising saw: the same voxels in other files, and heads that are alike. Part of the stage *split*.
 
 Same voxels are one person. Heads alike are one only if no stranger is expected to be so alike among all pairs, and something else agrees;
-every other suspicion goes to ``tables/people.tsv`` for somebody to look at, and changes nothing. An answer is a line for each of the two in
-a table of ``index.people``: the same name, or two different ones.
+every other suspicion goes to ``tables/people.tsv`` for somebody to look at; until then the two keep their names, and the split gives them one
+role (guard ``suspected``). An answer is a line for each of the two in a table of ``index.people``: the same name, or two different ones.
 """
 
 import csv
@@ -29,7 +29,8 @@ COLUMNS = ("verdict", "likeness", "why", "scan_a", "scan_b", "person_a", "person
 
 
 def find_people(scans: list[dict], samples: list[dict], databases: Mapping[str, Database]) -> tuple[list[dict], dict]:
-    """Merge, in ``scans`` (rows of the scans table), people whom their ``samples`` (rows of the samples table) show to be one.
+    """Merge, in ``scans`` (rows of the scans table), people whom their ``samples`` (rows of the samples table) show to be one; those who may be
+    one get the same ``suspected``, all others None.
 
     Returns a finding for each pair of scans that was merged or is to be reviewed, the most alike first, and what was compared.
     """
@@ -52,6 +53,7 @@ def find_people(scans: list[dict], samples: list[dict], databases: Mapping[str, 
         merged = value >= sure and agreed
         findings.append(_finding("merged" if merged else "review", value, why if value >= sure else f"below {sure:.2f}; {why}", one, two))
     merge_people(scans, [{finding["person_a"], finding["person_b"]} for finding in findings if finding["verdict"] == "merged"])
+    _suspect(scans, [{by_id[finding[scan]]["person"] for scan in ("scan_a", "scan_b")} for finding in findings if finding["verdict"] == "review"])
     findings.sort(key=lambda finding: (-finding["likeness"], finding["scan_a"], finding["scan_b"]))
     summary = {verdict: sum(finding["verdict"] == verdict for finding in findings) for verdict in ("merged", "review")}
     summary |= {"scans_compared": len(described), "scans_not_described": len(rows) - len(described), "pairs": compared}
@@ -89,6 +91,15 @@ def write_findings(findings: list[dict]) -> None:
     for finding in findings:
         if finding["verdict"] == "merged":
             log.warning("%s and %s: taken as one person (%s)", finding["scan_a"], finding["scan_b"], finding["why"])
+
+
+def _suspect(scans: list[dict], ties: list[set[str]]) -> None:
+    """Give all scans of people who are tied by a suspicion, also through others, one ``suspected``."""
+    names = [{"scan": scan, "person": scan["person"]} for scan in scans]
+    merge_people(names, ties)
+    tied = set().union(*ties)
+    for row in names:
+        row["scan"]["suspected"] = row["person"] if row["scan"]["person"] in tied else None
 
 
 def _same_voxels(rows: list[dict], by_id: dict[str, dict]) -> list[dict]:

@@ -16,9 +16,10 @@ import numpy as np
 from data_registry import protocol
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
+from data_registry.intensity import Intensity, Preparation, above_air
 from data_registry.ledgers import Withdrawn, withdrawn
 from data_registry.params import Resources, fingerprint, load_params
-from data_registry.quality import CLASSES, measure
+from data_registry.quality import CLASSES, TISSUES, measure
 from data_registry.quality_rules import beside_site, judge, suspicion
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store
@@ -32,7 +33,7 @@ log = logging.getLogger("lodbrain.quality")
 QUALITY_TABLE = Path("tables/quality.parquet")
 PAGES = Path("quality")
 FOUND = Path("cache/quality")
-FIGURES_VERSION = 1
+FIGURES_VERSION = 2
 """Part of what is kept; raise it when a change of code changes a figure or a picture."""
 FEW = 64
 """Scans that are looked at sooner than Ray has started."""
@@ -47,10 +48,10 @@ def main() -> None:
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
     left_out += [row for row in scans.values() if row["reason"] is not None and not gone.has_scan(row["scan_id"])]
     preparation = json.loads(table_metadata(SAMPLES_TABLE).get("preparation", "{}"))
-    items = plan_looks(samples, untouched=preparation.get("intensity", "robust") == "robust")
+    items = plan_looks(samples, preparation.get("intensity", "robust"))
     FOUND.mkdir(parents=True, exist_ok=True)
-    _look_at_all([item for item in items if not Path(item["found"]).is_file()], open_store(params.resources), params.resources)
-    found = {one["scan_id"]: one for item in items for one in json.loads(Path(item["found"]).read_text(encoding="utf-8"))}
+    _look_at_all([item for item in items if _kept(item["found"]) is None], open_store(params.resources), params.resources)
+    found = {one["scan_id"]: one for item in items for one in _kept(item["found"])}
     table = verdicts(samples, {name: one["figures"] for name, one in found.items()}, {name: row["age_years"] for name, row in scans.items()})
     write_pages(PAGES, table, {name: one["picture"] for name, one in found.items()}, left_out)
     write_table(QUALITY_TABLE, "quality", [{key: value for key, value in row.items() if key not in ("beside", "warnings")} for row in table])
@@ -63,24 +64,25 @@ def main() -> None:
 
 
 def forget(gone: Withdrawn) -> int:
-    """Delete what is kept of shards that held who is withdrawn; how many files."""
+    """Delete what is kept of shards that held who is withdrawn, and what cannot be read; how many files."""
     number = 0
     for path in sorted(FOUND.glob("*.json")):
-        if any(gone.has_scan(one["scan_id"]) for one in json.loads(path.read_text(encoding="utf-8"))):
+        found = _kept(path)
+        if found is None or any(gone.has_scan(one["scan_id"]) for one in found):
             path.unlink()
             number += 1
     return number
 
 
-def plan_looks(samples: list[dict], *, untouched: bool) -> list[dict]:
+def plan_looks(samples: list[dict], intensity: Intensity) -> list[dict]:
     """An item a shard: its samples, how its intensities were made, and the file that keeps what is found in it."""
     members = defaultdict(list)
     for row in samples:
         members[row["shard"]].append(row)
     items = []
     for shard, rows in sorted(members.items()):
-        key = fingerprint(FIGURES_VERSION, rows[0]["shard_sha256"], untouched)
-        items.append({"shard": shard, "samples": rows, "untouched": untouched, "found": str((FOUND / f"{key}.json").absolute())})
+        key = fingerprint(FIGURES_VERSION, rows[0]["shard_sha256"], intensity)
+        items.append({"shard": shard, "samples": rows, "intensity": intensity, "found": str((FOUND / f"{key}.json").absolute())})
     return items
 
 
@@ -93,7 +95,7 @@ def verdicts(samples: list[dict], figures: dict[str, dict], ages: dict[str, floa
     for rows in sites.values():
         own = [figures[row["scan_id"]] for row in rows]
         for row, mine, beside in zip(rows, own, beside_site(own), strict=True):
-            verdict, reasons = judge(mine, age_years=ages.get(row["scan_id"]), beside=beside)
+            verdict, reasons = judge(mine, age_years=ages.get(row["scan_id"]), beside=beside, warnings=row["warnings"] or ())
             judged = {"verdict": verdict, "reasons": reasons, "suspicion": suspicion(verdict, reasons, beside)}
             judged |= {"beside": beside, "warnings": row["warnings"]}
             table.append({key: row[key] for key in ("scan_id", "database", "site", "shard_sha256")} | judged | mine)
@@ -104,18 +106,33 @@ def look_at_shard(store: ShardStore, item: dict) -> int:
     """One task: figures and picture of each scan of a shard, written as JSON, whole or not at all. Returns how many."""
     found = []
     for row in item["samples"]:
-        source = next((name for name in protocol.load(CLASSES).sources if name in row["label_sources"]), None)
+        classes, source = _labels_of(row)
         columns = ["t1w_x1"] + [f"{source}_x1"] * (source is not None)
         arrays = store.read_row(row["shard"], row["row_group"], columns, scan_id=row["scan_id"], sha256=row["shard_sha256"])
-        t1w, ids = arrays["t1w_x1"], arrays.get(f"{source}_x1")
+        t1w, ids = above_air(arrays["t1w_x1"], Preparation(item["intensity"])), arrays.get(f"{source}_x1")
         affine, native_affine = (np.reshape(row[name], (4, 4)) for name in ("affine", "native_affine"))
         shape = tuple(row["native_shape"])
-        figures = measure(t1w, ids, affine=affine, native_affine=native_affine, native_shape=shape, untouched=item["untouched"])
-        picture = base64.b64encode(thumbnail(t1w, ids)).decode()
+        where = {"affine": affine, "native_affine": native_affine, "native_shape": shape}
+        figures = measure(t1w, ids, **where, classes=classes, untouched=item["intensity"] == "robust")
+        picture = base64.b64encode(thumbnail(t1w, ids, classes=classes)).decode()
         found.append({"scan_id": row["scan_id"], "figures": figures, "picture": picture})
     with replacing(item["found"]) as aside:
         aside.write_text(json.dumps(found), encoding="utf-8")
     return len(found)
+
+
+def _labels_of(sample: dict) -> tuple[str, str | None]:
+    """The protocol that tissues are taken from, and the source whose label map has them; the default and None without one."""
+    read = ((name, source) for name in (CLASSES, *TISSUES) for source in protocol.load(name).sources if source in sample["label_sources"])
+    return next(read, (CLASSES, None))
+
+
+def _kept(path: str | Path) -> list[dict] | None:
+    """What was found in a shard; None if nothing, or nothing whole, is there."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _look_at_all(todo: list[dict], store: ShardStore, resources: Resources) -> None:
@@ -144,4 +161,4 @@ def _look_at_all(todo: list[dict], store: ShardStore, resources: Resources) -> N
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

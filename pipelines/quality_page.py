@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 
 from data_registry.files import replacing
-from data_registry.quality import class_of_id
+from data_registry.quality import CLASSES, class_of_id, filled
 from data_registry.quality_rules import TOLD
 
 SIDE = 144            # pixels of a slice
@@ -25,22 +25,23 @@ FIGURES = ("snr_wm", "snr_gm", "cnr", "cjv", "unevenness", "snrd", "fber", "efc"
 NAMES = TOLD | {"snr_gm": "signal to noise of grey matter", "efc": "entropy focus criterion", "ghost_share": "share of bright air"}
 
 
-def thumbnail(t1w: np.ndarray, ids: np.ndarray | None) -> bytes:
-    """JPEG, SIDE × 3 SIDE pixels: axial, coronal and sagittal slice of a T1w (D, H, W) uint8 LIA, the brain's labels outlined."""
+def thumbnail(t1w: np.ndarray, ids: np.ndarray | None, *, classes: str = CLASSES) -> bytes:
+    """JPEG, SIDE × 3 SIDE pixels: axial, coronal and sagittal slice of a T1w (D, H, W) uint8 LIA, the brain's labels (``classes``) outlined."""
     from PIL import Image
     from scipy import ndimage
 
-    left, inferior, anterior = _middle(t1w, ids)
+    table = class_of_id(classes)
+    left, inferior, anterior = _middle(t1w, ids, table)
     panels = []
     for cut, turned in (((slice(None), inferior, slice(None, None, -1)), True), ((slice(None), slice(None), anterior), True),
                         ((left, slice(None), slice(None, None, -1)), False)):  # fmt: skip
         grey = t1w[cut].T if turned else t1w[cut]
         panel = np.repeat(np.array(Image.fromarray(np.ascontiguousarray(grey)).resize((SIDE, SIDE), Image.Resampling.BOX))[..., None], 3, axis=2)
         if ids is not None:
-            inside = (class_of_id()[ids[cut].T if turned else ids[cut]] > 0).view(np.uint8)
+            inside = (table[ids[cut].T if turned else ids[cut]] > 0).view(np.uint8)
             inside = np.array(Image.fromarray(np.ascontiguousarray(inside)).resize((SIDE, SIDE), Image.Resampling.NEAREST)) > 0
             closed = ndimage.binary_closing(np.pad(inside, 8), iterations=4)  # the brain's rim, not each sulcus
-            inside = ndimage.binary_fill_holes(closed)[8:-8, 8:-8]
+            inside = filled(closed)[8:-8, 8:-8]
             panel[inside & ~ndimage.binary_erosion(inside)] = OUTLINE
         panels.append(panel)
     file = io.BytesIO()
@@ -48,10 +49,10 @@ def thumbnail(t1w: np.ndarray, ids: np.ndarray | None) -> bytes:
     return file.getvalue()
 
 
-def _middle(t1w: np.ndarray, ids: np.ndarray | None) -> tuple[int, int, int]:
+def _middle(t1w: np.ndarray, ids: np.ndarray | None, table: np.ndarray) -> tuple[int, int, int]:
     """Voxel through which the slices go: the middle of the brain's labels, else below the top of what is bright; to about 4 mm."""
     step = max(1, t1w.shape[0] // 64)
-    brain = np.zeros(1, bool) if ids is None else class_of_id()[ids[::step, ::step, ::step]] > 0
+    brain = np.zeros(1, bool) if ids is None else table[ids[::step, ::step, ::step]] > 0
     if brain.any():
         ends = [np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
         return tuple(int(line[0] + line[-1]) * step // 2 for line in ends)

@@ -51,6 +51,10 @@ class People:
                 self.notes.add("missing column", field, expected=" or ".join(names), found=found, done=done, **about)
             elif columns[0].strip().casefold() not in ("age", "sex", "gender"):
                 self.notes.add("column taken", field, expected=names[0], found=columns[0], done="read", **about)
+        family = self.database.family_column
+        if family and family.lower() not in map(str.lower, self.header):
+            done = "null: the split cannot keep relatives apart"
+            self.notes.add("missing column", "family", expected=family, found=", ".join(self.header), done=done, **about)
         site = self.database.site_rule.single
         for column in self.header if site else ():
             values = sorted({row[column] for rows in self.participants.values() for row in rows if not is_empty(row.get(column))})

@@ -40,13 +40,18 @@ def main() -> None:
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
     findings, people = find_people(usable, labelled, {row["database"]: find_database(row["database"]) for row in usable})
+    write_findings(findings)  # also for who must look at them since the split is refused
     rows, notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
     general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     general += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
     if people["review"]:
-        general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and are not kept apart; somebody's look is wanted")
+        done = "get one role" if "suspected" in params.split.guards else "are not kept apart"
+        general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
+    if missing := people["scans_not_described"]:
+        why = "no brain was found in them" if any(row["likeness"] for row in labelled) else "harmonise.likeness is off, or no brain was found"
+        general.append(f"{PEOPLE_TABLE}: {missing} of {len(labelled)} scans are compared with none by their heads ({why})")
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
@@ -68,7 +73,6 @@ def main() -> None:
         "people": people,
         "notes": general,
     }
-    write_findings(findings)
     write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
     with replacing(SPLIT_PROOF) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -91,4 +95,4 @@ def _has(sample: dict) -> str:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

@@ -12,7 +12,7 @@ from small_heads import CHECKOUT, add_subject, run
 from data_registry.errors import InputError
 from data_registry.experiment import Experiment, Table, arm_params, load_experiment
 from data_registry.files import sha256
-from data_registry.schema import read_table
+from data_registry.schema import read_table, write_table
 from lod_model import experiment_table, networks
 from lod_model.experiment_table import cells, compared, load_plan, numbers
 from lod_model.feeding import Feeding
@@ -174,6 +174,20 @@ def scores(*rows: tuple) -> pd.DataFrame:
     """arm, part, scan, person, value, of one column."""
     frame = pd.DataFrame(rows, columns=["arm", "part", "scan_id", "person", "value"])
     return frame.assign(structures="all structures", metric="dice", trained=True, undefined=0.0)
+
+
+def test_a_person_in_two_databases_counts_once(tmp_path):
+    """Whom index has as two, and the split, who compared the heads, as one."""
+    about = {"database": "db", "site": "A", "place": "A"}
+    rows = [about | {"scan_id": name, "person": name} for name in ("a", "b", "c")]
+    split = [{"fold": 0, "scan_id": name, "role": "external_test", "group": "A", "person": person} for name, person in zip("abc", "aac", strict=True)]
+    results = [about | {"run": "unet-base-0", "network": "unet", "protocol": "lod7", "seed": 0, "fold": 0, "role": "external_test", "scan_id": name,
+               "structure": "brainstem", "metric": "dice", "value": 0.9, "unit": "1"} for name in "abc"]  # fmt: skip
+    samples = [{"scan_id": name, "status": "ok", "native_affine": np.eye(4).ravel().tolist()} for name in "abc"]
+    for name, table in {"scans": rows, "split": split, "results": results, "samples": samples}.items():
+        write_table(tmp_path / f"tables/{name}.parquet", name, table)
+    found = experiment_table.scores_of(tmp_path, "one", Table())
+    assert found.set_index("scan_id").person.to_dict() == {"a": "a", "b": "a", "c": "c"}
 
 
 def test_cells_by_hand():

@@ -256,8 +256,8 @@ def test_a_databases_name_is_its_folders_or_its_links(tmp_path):
 
 
 def test_families_from_the_declared_column(tmp_path, monkeypatch):
-    table = "participant_id\tsite\tFamily_ID\nsub-01\tA\tf7\nsub-02\tA\tn/a\n"
-    rows = index_with(monkeypatch, catalogued(family_column="Family_ID"), make_database(tmp_path / "db", participants=table))
+    table = "participant_id\tsite\tFamily_ID\nsub-01\tA\tn/a\nsub-01\tA\tf7\nsub-02\tA\tn/a\n"
+    rows = index_with(monkeypatch, catalogued(family_column="family_id"), make_database(tmp_path / "db", participants=table))
     assert [row["family"] for row in rows] == ["db/f7", None]
 
 

@@ -6,19 +6,23 @@ import json
 import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from small_heads import add_subject
+from scipy import ndimage
+from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import quality, quality_rules
 from data_registry.errors import InputError
 from data_registry.files import sha256
+from data_registry.intensity import Preparation, above_air
 from data_registry.ledgers import Tombstone, Withdrawn, bury
 from data_registry.params import Harmonise
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import FolderStore
+from data_registry.volume import load_image
 from pipelines import harmonise, split
 from pipelines import quality as stage
 from pipelines.quality_page import SIDE, thumbnail, write_pages
@@ -86,6 +90,15 @@ def test_entropy_focus_criterion_voxel_by_voxel():
     assert quality.efc(np.bincount([0] * 9, minlength=256)) is None
 
 
+def test_what_is_done_faster_than_by_scipy_and_numpy_is_the_same():
+    generator = np.random.default_rng(2)
+    for shape in ((9, 8, 7), (12, 11)):
+        mask = generator.random(shape) < 0.6
+        assert np.array_equal(quality.filled(mask), ndimage.binary_fill_holes(mask)) and (quality.filled(mask) != mask).any()
+    for values in (np.zeros(0, np.uint8), generator.integers(0, 256, 1001).astype(np.uint8), np.array([7, 255], np.uint8)):
+        assert np.array_equal(quality._histogram(values), np.bincount(values, minlength=256))
+
+
 @pytest.mark.parametrize("noise", [2.0, 8.0])
 def test_noise_of_the_air_is_that_of_a_channel(noise):
     t1w, ids = head(noise=noise)
@@ -113,6 +126,15 @@ def test_no_air_is_told_and_not_measured():
     assert measured(blanked, ids)["noise"] == pytest.approx(4, rel=0.06)
 
 
+def test_air_with_a_grey_level_of_its_own_is_no_head():
+    """WhiteStripe's window: air at 90. Else a good scan would be called noise, and signal to noise have the 90 in it."""
+    t1w, ids = head(noise=4)
+    striped = np.rint(90 + 0.5 * t1w).astype(np.uint8)
+    figures, wrong, robust = (measured(scan, ids) for scan in (above_air(striped, Preparation("whitestripe")), striped, t1w))
+    assert quality_rules.judge(wrong)[0] == "fail" and not any("no head" in reason for reason in quality_rules.judge(figures)[1])
+    assert figures["snr_wm"] == pytest.approx(robust["snr_wm"], rel=0.03) and figures["cnr"] == pytest.approx(robust["cnr"], rel=0.03)
+
+
 def test_volumes_sides_and_place_of_the_labels():
     t1w, ids = head()
     figures = measured(t1w, ids)
@@ -123,6 +145,18 @@ def test_volumes_sides_and_place_of_the_labels():
     assert figures["left_mm"] == pytest.approx(2 * (np.argwhere(left)[:, 0].mean() - np.argwhere(right)[:, 0].mean())) and figures["left_mm"] > 0
     assert measured(t1w, ids[::-1])["left_mm"] < 0
     assert figures["labels_outside"] == 0 and measured(t1w, np.roll(ids, 20, axis=1))["labels_outside"] > 0.2
+
+
+@pytest.mark.parametrize(("classes", "gm", "wm"), [("fsl_fast", 2, 3), ("spm_tissue", 2, 3), ("malp_em_tissue", 4, 3)])
+def test_tissues_of_other_tools_give_contrast_and_no_volumes(classes, gm, wm):
+    t1w, ids = head(noise=4)
+    tissues = np.select([np.isin(ids, GM), np.isin(ids, WM)], [gm, wm]).astype(np.uint16)
+    figures, others = measured(t1w, ids), measured(t1w, tissues, classes=classes)
+    lacking = {"volumes_ml", "asymmetry", "left_mm"}
+    assert others == {name: value for name, value in figures.items() if name not in lacking} and others["cnr"] > 1
+    assert thumbnail(t1w, tissues, classes=classes) == thumbnail(t1w, ids)
+    assert stage._labels_of({"label_sources": ["x", classes]}) == (classes, classes)
+    assert stage._labels_of({"label_sources": [classes, "aseg"]}) == ("lod7", "aseg") and stage._labels_of({"label_sources": ["x"]}) == ("lod7", None)
 
 
 def test_the_field_of_view_and_not_the_grid_cuts():
@@ -196,6 +230,20 @@ def volumes(ml: dict, **other) -> dict:
 def test_each_rule(figures, age, verdict, words):
     came, reasons = quality_rules.judge(figures, age_years=age)
     assert came == verdict and len(reasons) == (verdict != "pass") and words in "".join(reasons)
+
+
+def test_what_was_read_by_an_assumption_asks_for_a_review(tmp_path):
+    """The warnings of reading itself; one of a voxel is of no account to the others."""
+    t1w = head()[0].astype(np.float32)
+    t1w[30, 30, 30] = np.nan
+    image = nibabel.Nifti1Image(t1w, LIA)
+    image.set_sform(LIA, 0)
+    image.set_qform(LIA, 0)
+    nibabel.save(image, tmp_path / "unsure.nii.gz")
+    warnings = load_image(tmp_path / "unsure.nii.gz").warnings
+    verdict, reasons = quality_rules.judge({}, warnings=("aseg: labels of 2 mm voxels on a grid of 1 mm, no truth at its resolution", *warnings))
+    assert verdict == "review" and len(reasons) == 2
+    assert "the first axis is assumed to run to the left" in reasons[0] and reasons[1].startswith("1 NaN")
 
 
 def test_a_scan_unlike_its_site_asks_for_a_review_and_never_fails():
@@ -313,9 +361,11 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     shards = len(looked)
     first, page = sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")
     assert shards == len(list(stage.FOUND.iterdir())) > 1                           # and what no shard asks for is gone
-    next(stage.FOUND.iterdir()).unlink()
+    gone, damaged, *_ = stage.FOUND.glob("*.json")
+    gone.unlink()
+    damaged.write_text(damaged.read_text()[:99])                                    # it is a cache: made anew
     stage.main()
-    assert len(looked) == shards + 1 and (sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")) == (first, page)
+    assert len(looked) == shards + 2 and (sha256(stage.QUALITY_TABLE), sha256(stage.PAGES / "quality.html")) == (first, page)
     rows = read_table(stage.QUALITY_TABLE, "quality").to_pylist()
     assert [one["scan_id"] for one in rows] == ["db_sub-00", "db_sub-01", "db_sub-02"] and {one["verdict"] for one in rows} <= {"review", "fail"}
     assert all(one["volumes_ml"] and one["efc"] > 0 for one in rows)
@@ -323,11 +373,19 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     assert base64.b64decode(found[0]["picture"])[:2] == b"\xff\xd8"
 
 
+@pytest.mark.parametrize("module", ["pipelines.index", "pipelines.quality", "pipelines.split"])
+def test_a_stage_without_arguments_refuses_them_and_has_a_help(module):
+    wrong, told = run(CHECKOUT, module, "--folds", "3"), run(CHECKOUT, module, "--help")
+    assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1] == f"python -m {module}: error: unrecognized arguments: --folds 3"
+    assert told.returncode == 0 and f"python -m {module}" in told.stdout and "Stage" in told.stdout
+
+
 def test_who_is_withdrawn_is_forgotten(project):
     stage.main()
     kept = len(list(stage.FOUND.iterdir()))
     stone = Tombstone("db", "00", "2026-01-31", "asked for it")
-    assert stage.forget(Withdrawn([stone])) == 1 and len(list(stage.FOUND.iterdir())) == kept - 1
+    (stage.FOUND / "damaged.json").write_text('[{"scan_id": "db_sub-00"')              # whoever is in it
+    assert stage.forget(Withdrawn([stone])) == 2 and len(list(stage.FOUND.iterdir())) == kept - 1
     bury([stone])
     stage.main()                                                                    # whatever the samples table still says
     assert [one["scan_id"] for one in read_table(stage.QUALITY_TABLE, "quality").to_pylist()] == ["db_sub-01", "db_sub-02"]
@@ -342,7 +400,9 @@ def test_the_split_leaves_out_what_fails_only_if_asked(project):
     write_table(stage.QUALITY_TABLE, "quality", rows)
     split.main()
     assert {one["scan_id"] for one in read_table(split.SPLIT_TABLE, "split").to_pylist()} == {"db_sub-01", "db_sub-02"}
-    assert "db_sub-00: left out, its quality fails: it is dark" in json.loads(split.SPLIT_PROOF.read_text())["notes"]
+    notes = json.loads(split.SPLIT_PROOF.read_text())["notes"]
+    assert "db_sub-00: left out, its quality fails: it is dark" in notes
+    assert "tables/people.tsv: 2 of 2 scans are compared with none by their heads (harmonise.likeness is off, or no brain was found)" in notes
     write_table(stage.QUALITY_TABLE, "quality", [rows[0], rows[1] | {"shard_sha256": "other"}, rows[2]])
     with pytest.raises(InputError, match="not about db_sub-01 as it stands in tables/samples.parquet; run `python -m pipelines.quality` again"):
         split.main()

@@ -304,6 +304,9 @@ def test_missing_tables_columns_rows_and_cells(tmp_path, reconcile):
     assert there["missing column: age_years"] == "only AgeMRI_W1" and "missing column: sex" in there
     assert there["missing row: participants.tsv"] == "no row" and there["uneven row: participants.tsv"] == "more cells"
     assert there["uneven row: participant_id"] == "1 rows without it" and "unreadable file: participants.json" in there
+    root = make(tmp_path / "kin/db", {"01": None}, "participant_id\tsite\tfam\nsub-01\tA\t5\n")
+    _, found = reconcile(root, entry(family_column="Family_ID"))                     # else nobody would know that relatives are not kept apart
+    assert kinds(found)["missing column: family"] == "participant_id, site, fam"
 
 
 def test_the_page_has_one_line_for_what_is_one_decision(tmp_path, reconcile):

@@ -15,7 +15,7 @@ import pytest
 from data_registry import protocol
 from data_registry.errors import InputError
 from data_registry.params import load_params
-from data_registry.schema import write_table
+from data_registry.schema import read_table, write_table
 from lod_model import report, report_figures, report_tables
 
 PLACES = ("Bergen", "Cádiz", "Delft", "Évora")
@@ -179,6 +179,19 @@ def test_a_worse_place_is_named_and_a_leak_is_the_first_thing_said(tmp_path):
     html = written(tmp_path)
     assert "it beats the majority-label atlas at 3 of 4 places, not at Delft." in html
     assert html.index("The split leaks.") < html.index('class="verdict"')
+
+
+def test_who_turned_out_to_be_one_person_is_one_pair(tmp_path):
+    """By likeness, after index: the split's name counts, for a scan without a role too."""
+    write_project(tmp_path)
+    table = tmp_path / "tables/split.parquet"
+    split = read_table(table, "split").to_pylist()
+    other, own = scan_id(PLACES[1], 2), scan_id(PLACES[0], 2)
+    write_table(table, "split", [row | {"person": own} if row["scan_id"] == other else row for row in split], metadata={"split_hash": SPLIT_HASH})
+    inputs = report.load_inputs(tmp_path)
+    pairs = report.internal_external(report_tables.per_scan(inputs.results)["dice"], inputs.scans)
+    tests = report.paired_tests(pairs[pairs.run == "lod_brain-base-0"]).set_index("structure")
+    assert (tests.scans["mean"], tests.people["mean"]) == (4, 3)
 
 
 def test_tests_take_one_pair_a_person_and_adjust_over_structures():

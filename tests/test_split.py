@@ -47,6 +47,7 @@ def databases(draw) -> list[dict]:
             person=f"p{draw(st.integers(0, 25))}",
             family=draw(st.sampled_from([None, None, "f1", "f2"])),
             t1w_sha256=f"h{draw(st.integers(0, 60))}",
+            suspected=draw(st.sampled_from([None, None, None, "u1", "u2"])),
             scanner=draw(st.sampled_from([None, "x", "y", f"own{index}"])),
         )
         for index in range(number)
@@ -74,7 +75,7 @@ def test_never_a_leak(scans, folds, internal_share):
                 assert held_in.setdefault(a, fold) == fold
             for b, role_b in role.items():
                 if role_a in ("train", "val") and role_b in ("internal_test", "external_test") or (role_a, role_b) == ("train", "val"):
-                    for column in ("person", "family", "t1w_sha256"):
+                    for column in ("person", "family", "t1w_sha256", "suspected"):
                         assert by_id[a][column] is None or by_id[a][column] != by_id[b][column], (fold, a, b, column)
                 if role_a not in ("external_test", "excluded") and role_b == "external_test":
                     assert by_id[a]["place"] != by_id[b]["place"]

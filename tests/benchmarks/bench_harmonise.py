@@ -136,7 +136,7 @@ def quality(scan: dict) -> None:
         arrays, sample = harmonise_scan(scan, scan["root"], Harmonise())
         write_shard(Path(scan["folder"].name, "one.parquet"), [{"scan_id": scan["scan_id"], **arrays}], metadata={})
         scan["sample"] = sample | {"shard": "one.parquet", "row_group": 0, "shard_sha256": ""}
-    item = {"samples": [scan["sample"]], "untouched": True, "found": f"{scan['folder'].name}/found.json"}
+    item = {"samples": [scan["sample"]], "intensity": "robust", "found": f"{scan['folder'].name}/found.json"}
     look_at_shard(FolderStore(Path(scan["folder"].name)), item)
 
 
