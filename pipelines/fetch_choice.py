@@ -193,5 +193,5 @@ def _below(part: Part, entry: Entry) -> str:
 
 
 def _subject(name: str) -> str:
-    """Of a folder's name: ``sub-01_ses-2``, as FreeSurfer's may be, is 01."""
-    return name.removeprefix("sub-").split("_")[0]
+    """Of a folder's name: ``sub-01_ses-2``, as FreeSurfer's may be, or fsl_anat's ``sub-01.anat``, is 01."""
+    return name.removeprefix("sub-").removesuffix(".anat").split("_")[0]
