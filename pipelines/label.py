@@ -93,6 +93,8 @@ def label(todo: list[Work], params: Params, *, launcher: str) -> None:
     log.info("%d of %d scans labelled; `python -m pipelines.index` takes them up", len(todo) - len(failed), len(todo))
     if failed:
         first = next(iter(failed))
+        if len(todo) == 1:
+            raise InputError(f"{first}: {failed[first]}")
         raise InputError(f"{len(failed)} of {len(todo)} scans failed, e.g. {first}: {failed[first]}; the same command tries them again")
 
 

@@ -5,8 +5,14 @@ is not there, a subject that is there already, a missing home or licence, and (F
 ``$STAND_IN/<name>.well.…``, or crashes, hangs, is killed, or ends without one, as ``$STAND_IN/<name>.how`` says.
 """
 
+import os
+import shutil
 from pathlib import Path
 
+import numpy as np
+from small_heads import add_subject
+
+from data_registry.volume import load_image, load_labels, save_volume
 from pipelines.labellers import TOOLS
 
 PROGRAM = """#!/bin/sh
@@ -65,9 +71,19 @@ name=$(basename "$out" _dseg.nii.gz)""",
 }  # fmt: skip
 
 
-def install(folder: Path) -> Path:
-    """The stand-ins below ``folder``, each in a home of its own; the folder of links to them, for PATH."""
-    programs = folder / "bin"
+def unlabelled(folder: Path, scans: int) -> dict[str, str]:
+    """``folder/db``, a database without labels, and the stand-ins with the maps that they copy; the variables that make them known."""
+    database, stand_in, programs = folder / "db", folder / "stand_in", folder / "bin"
+    for subject in (f"{number:02d}" for number in range(1, scans + 1)):
+        add_subject(database, subject, seed=int(subject))
+        labels = load_labels(database / f"derivatives/freesurfer/sub-{subject}/mri/aparc+aseg.mgz")
+        t1w = load_image(database / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz")
+        labels.data[8:18, 10:20, 3:9], t1w.data[8:18, 10:20, 3:9] = 10, 190  # a bright part on one side alone
+        save_volume(t1w.path, t1w.data, t1w.affine)
+        for how, data in (("well", labels.data), ("mirrored", labels.data[..., ::-1])):
+            save_volume(stand_in / f"sub-{subject}.{how}.nii.gz", data.astype(np.int32), labels.affine)
+            save_volume(stand_in / f"sub-{subject}.{how}.mgz", data.astype(np.int32), labels.affine)
+    shutil.rmtree(database / "derivatives")
     programs.mkdir()
     for tool, details in DETAILS.items():
         home = folder / tool
@@ -76,4 +92,4 @@ def install(folder: Path) -> Path:
         program.write_text(PROGRAM.format(**details))
         program.chmod(0o755)
         (programs / program.name).symlink_to(program)
-    return programs
+    return {"PATH": f"{programs}:{os.environ['PATH']}", "STAND_IN": str(stand_in), "FREESURFER_HOME": str(folder)}
