@@ -9,6 +9,7 @@ Sources of the names: FreeSurfer's recon-all and SynthSeg's pages (surfer.nmr.mg
 fMRIPrep's docs/outputs.rst, FSL's fast, run_first_all and fsl_anat, SPM12's segment, MALP-EM's bin/malpem.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def find_labels(root: Path, subject: str, session: str, *, scan: str = "") -> di
 
     ``scan``: the T1w's name without ``_T1w``; of maps that name an acquisition or a run, those of another are then left out, as are maps in
     a standard space always. Of FreeSurfer's maps the first that there is stands for the others (aparc+aseg, of either parcels, holds aseg's
-    ids), so that a scan carries its labels once; but one with DKT's parcels is taken as well, which no other can stand for.
+    ids), so that a scan carries its labels once; but one that a protocol reads before all others, as DKT's parcels are, is taken as well.
     """
     found = _freesurfer(root, subject, session, scan)
     derivatives = root / "derivatives"
@@ -94,7 +95,15 @@ def find_labels(root: Path, subject: str, session: str, *, scan: str = "") -> di
     if len(both) == 2 and os.path.samefile(*both):  # FastSurfer's aparc+aseg is a link to its map with DKT's parcels
         del found["aparc_aseg"]
     spare = [source for source in _STAND_IN if source in found][1:]
-    return {source: path for source, path in found.items() if source not in spare or source == "aparc_dkt_aseg"}
+    return {source: path for source, path in found.items() if source not in spare or source in _first_choices()}
+
+
+@functools.cache
+def _first_choices() -> frozenset[str]:
+    """Sources that some protocol reads before all others."""
+    from data_registry import protocol  # NumPy and SciPy: not for who only asks for the patterns
+
+    return frozenset(protocol.load(name).sources[0] for name in protocol.names())
 
 
 def freesurfer_names(subject: str, session: str, scan: str = "") -> tuple[str, ...]:

@@ -71,6 +71,14 @@ def test_derivatives(tmp_path, files):
     assert found(tmp_path, "02", "") == {} == found(tmp_path, "0", "")
 
 
+def test_a_map_that_a_protocol_prefers_is_taken_beside_the_others(tmp_path, monkeypatch):
+    names = ("aparc+aseg.mgz", "aparc.a2009s+aseg.mgz", "wmparc.mgz", "aseg.mgz")
+    touch(tmp_path, *(f"{FREESURFER}/{name}" for name in names))
+    assert set(found(tmp_path, "01", "")) == {"aparc_aseg"}
+    monkeypatch.setattr(label_sources, "_first_choices", lambda: {"aparc_a2009s_aseg"})  # as a table of Destrieux's parcels would
+    assert set(found(tmp_path, "01", "")) == {"aparc_aseg", "aparc_a2009s_aseg"}
+
+
 def test_fastsurfers_whole_run_is_one_map(tmp_path):
     mri = tmp_path / "derivatives/fastsurfer/sub-01/mri"
     touch(mri, "aparc.DKTatlas+aseg.mapped.mgz", "aseg.mgz", "wmparc.DKTatlas.mapped.mgz", "aparc.DKTatlas+aseg.deep.mgz")
