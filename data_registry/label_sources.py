@@ -145,9 +145,10 @@ def _derivative(tool: Path, subject: str, session: str, scan: str) -> Iterator[t
         yield source, anat / name
     if fnmatchcase(tool.name, "fsl*"):
         names = [name for name in freesurfer_names(subject, session, scan) if "/" not in name]
-        for folder in (base / f"{name}.anat" for base in (anat, tool) for name in (f"{scan}_T1w", *names)):
+        folders = (f"{base}/{name}.anat" for base in (anat, tool) for name in (f"{scan}_T1w", *names))
+        for folder in filter(os.path.isdir, folders):
             for source, files in FSL_ANAT.items():
-                yield from ((source, path) for file in files if (path := folder / f"{file}.nii.gz").is_file())
+                yield from ((source, path) for file in files if (path := Path(folder, f"{file}.nii.gz")).is_file())
 
 
 def _is_of(stem: str, subject: str, scan: str) -> bool:
