@@ -13,7 +13,8 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
 Years = Annotated[Number, Field(ge=0, le=120)]
-Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+)$")]
+Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+|letter \d{4}-\d\d-\d\d, \S.*)$")]
+"""Of a document that can be cited; an owner's letter by its date, and by who wrote it and who keeps it."""
 
 
 class _Entry(BaseModel):
@@ -75,6 +76,22 @@ class LabelSource(_Entry):
 
     source: Text
     version: Text | None = None
+    route: Text | None = None
+    """Where they are got, if not with the images: a folder of FreeSurfer's subjects that a program can read."""
+    subject: Text | None = None
+    """A regular expression that matches the whole name of a subject's folder there; its first group is the subject's label here."""
+
+    @model_validator(mode="after")
+    def _leads_somewhere(self) -> "LabelSource":
+        if (self.route is None) != (self.subject is None):
+            raise ValueError("route and subject are wanted both, or neither")
+        try:
+            groups = re.compile(self.subject or "()").groups
+        except re.error as error:
+            raise ValueError(f"subject is no regular expression ({error}); one is wanted") from None
+        if groups < 1:
+            raise ValueError("a regular expression with a group, the subject's label, in subject is wanted")
+        return self
 
 
 class LodBrainRow(_Entry):
@@ -103,6 +120,8 @@ class Site(_Described):
     """The institution, the same name across databases."""
     country: Text | None = None
     """Null where the database has one country."""
+    folders: list[Text] = []
+    """What it is called on the route, a folder a site, where that is another name, or several."""
     scanner: Text | None = None
     """One machine at a place, the same name across databases; null if unknown."""
     manufacturer: Text | None = None
@@ -171,7 +190,7 @@ class Database(_Described):
     documents: dict[Text, Address] = {}
     """Addresses of what was read, by a short name."""
     sources: dict[Text, Text] = {}
-    """Field → document; ``sites.*.model`` speaks of all sites, ``sites.NYU.model`` of one."""
+    """Field → document; ``sites.*.model`` speaks of all sites, ``sites.NYU.model`` of one; a letter answers for ``redistribute.weights`` alone."""
     unverified: list[Text] = []
     """Fields, written as in ``sources``, whose values no document at hand confirms."""
     known: Flag = True
@@ -185,7 +204,11 @@ class Database(_Described):
             for site in content.sites or ():
                 if site not in self.sites:
                     raise ValueError(f"lod_brain.{row}.sites names {site!r}, which is no site; one of {_some(self.sites)} is wanted")
+        owners: dict[str, str] = {}
         for name, site in self.sites.items():
+            for folder in {one.casefold() for one in (name, *site.folders)}:
+                if owners.setdefault(folder, name) != name:
+                    raise ValueError(f"sites.{name}.folders has {folder!r}, which is {owners[folder]}; a folder of one site is wanted")
             if site.country and self.countries and site.country not in self.countries:
                 raise ValueError(f"sites.{name}.country is {site.country!r}; one of the countries {', '.join(self.countries)} is wanted")
         return self

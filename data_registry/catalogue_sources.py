@@ -16,6 +16,7 @@ Standing = Literal["sourced", "unverified", "missing"]
 
 DATABASE_FIELDS = ("licence", "access", "route", "redistribute", "state", "citation", "doi", "labels", "defaced")
 SITE_FIELDS = ("place", "manufacturer", "model", "field_strength_tesla", "voxel_mm", "scans", "age_years", "sexes")
+WEIGHTS = "redistribute.weights"
 MUST_BE_SOURCED = ("licence", "access", "route", "field_strength_tesla")
 """A value of these with neither a source nor the mark "unverified" is refused."""
 
@@ -45,6 +46,14 @@ def standing(database: Database, site: str | None, field: str) -> tuple[Standing
     return ("sourced", database.source) if database.source else ("unverified", None)
 
 
+def weights_may_be_shared(database: Database) -> tuple[bool | None, str | None]:
+    """``redistribute.weights`` and where it was read; nothing if no document says so."""
+    document = database.sources.get(WEIGHTS, database.sources.get("redistribute"))
+    known = WEIGHTS in database.sources or standing(database, None, "redistribute")[0] == "sourced"
+    may = database.redistribute.weights if known else None
+    return may, None if may is None else database.documents.get(document, database.source)
+
+
 def _match(path: str, patterns: Iterable[str]) -> str | None:
     """The pattern that fits a field and says most."""
     if path in patterns:
@@ -69,11 +78,15 @@ def faults(database: Database) -> list[str]:
         for field, document in database.sources.items() if document not in database.documents
     ]  # fmt: skip
     unused = [name for name in database.documents if name not in database.sources.values()]
+    found += [
+        f"sources.{field}: {document!r} came, a letter; that is a source of {WEIGHTS} alone, and one that others can read is wanted"
+        for field, document in database.sources.items() if database.documents.get(document, "").startswith("letter ") and field != WEIGHTS
+    ]  # fmt: skip
     found += [f"documents.{name}: is named by no field; one that was read in it is wanted in sources" for name in unused]
     paths = [f"sites.{site}.{field}" for site in database.sites for field in Site.model_fields]
     for place, patterns in (("sources", database.sources), ("unverified", database.unverified)):
         for pattern in patterns:
-            top = pattern in Database.model_fields and pattern != "sites"
+            top = (pattern in Database.model_fields and pattern != "sites") or pattern == WEIGHTS
             if not top and not any(_match(path, (pattern,)) for path in paths):
                 found.append(f"{place}: {pattern!r} came, no field of {database.name}; one as licence, sites.*.model, sites.<name>.model is wanted")
     both = sorted(set(database.sources) & set(database.unverified))

@@ -31,6 +31,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "cc-by-nc-nd": (ATTRIBUTION, NON_COMMERCIAL, NO_DERIVATIVES),
 }
 """What a licence asks for, by its identifier without version. Others (agreements, terms of use) are for the catalogue to judge."""
+ASK = "ask its owners, and note their answer as redistribute.weights with its source"
 NO_ADVICE = "Weights are taken for a work that derives from the scans, the strict reading. This is no legal advice."
 
 
@@ -60,20 +61,20 @@ def judge(name: str, licence: str | None, *, confirmed: bool = True, weights: bo
     >>> judge("ixi", "CC-BY-SA-3.0").conditions
     ('attribution', 'share alike')
     >>> judge("adni", "ADNI data use agreement").reasons
-    ("adni: 'ADNI data use agreement' does not say; the catalogue's redistribute.weights is wanted",)
+    ("adni: 'ADNI data use agreement' does not say; ask its owners, and note their answer as redistribute.weights with its source",)
     """
     if weights is False:
         return Verdict("no", reasons=(f"{name}: its terms forbid it ({licence or 'no licence is known'})",))
     if weights is None and licence is None:
-        return Verdict("not known", reasons=(f"{name}: no licence is known",))
+        return Verdict("not known", reasons=(f"{name}: no licence is known; {ASK}",))
     if weights is None and not confirmed:
-        return Verdict("not known", reasons=(f"{name}: {licence!r}, which no document confirms",))
+        return Verdict("not known", reasons=(f"{name}: {licence!r}, which no document confirms; {ASK}",))
     bare = (licence or "").partition(" unless otherwise specified")[0]
     asked = CONDITIONS.get(identifier(bare))
     if asked is None:
         if weights:
             return Verdict("under conditions" if licence else "yes", (f"the terms of {name} ({licence})",) if licence else ())
-        return Verdict("not known", reasons=(f"{name}: {licence!r} does not say; the catalogue's redistribute.weights is wanted",))
+        return Verdict("not known", reasons=(f"{name}: {licence!r} does not say; {ASK}",))
     if NO_DERIVATIVES in asked and not weights:
         return Verdict("no", reasons=(f"{name}: {licence} allows no derived works",))
     asked += (f"what parts of {name} specify otherwise",) if licence != bare else ()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_registry.catalogue import Database, catalogue, find_database
-from data_registry.catalogue_sources import standing
+from data_registry.catalogue_sources import standing, weights_may_be_shared
 from data_registry.licences import NO_ADVICE, Verdict, in_words, judge, strictest
 from lod_model.weights import AUTHORS
 
@@ -18,7 +18,7 @@ ROLES = ("train", "val")
 
 def terms(database: Database) -> dict[str, Any]:
     """What the catalogue says now; ``licence_confirmed``: a document says so."""
-    may = database.redistribute.weights if standing(database, None, "redistribute")[0] == "sourced" else None
+    may, _ = weights_may_be_shared(database)
     return {
         "name": database.name, "title": database.title, "licence": database.licence,
         "licence_confirmed": standing(database, None, "licence")[0] == "sourced", "weights_may_be_shared": may,
@@ -51,6 +51,9 @@ def lineage(provenance: dict[str, Any]) -> dict[str, Any]:
             notes.append(f"the answer is that of the licence they were released under, {released}")
     for entry, verdict in zip(databases, verdicts, strict=True):
         entry["answer"] = in_words(verdict)
+        _, source = weights_may_be_shared(find_database(entry["name"]))
+        if (source or "").startswith("letter "):
+            notes.append(f"{entry['name']}: on weights, {source}")
     whole = judge("these weights", released) if released and not isinstance(provenance.get("data"), dict) else strictest(verdicts)
     said = {"answer": whole.answer, "words": in_words(whole), "reasons": list(whole.reasons)}
     return {"databases": databases, "citation": provenance.get("citation"), "notes": notes, "verdict": said}
@@ -61,15 +64,21 @@ def _of(entry: dict[str, Any]) -> Verdict:
 
 
 def _noted_and_today(entry: dict[str, Any], notes: list[str]) -> Verdict:
-    """Of the licence as it was noted, as it was accepted, and as the catalogue has it now, where these differ: the strictest."""
+    """Of the licence as it was noted, as it was accepted, and as the catalogue has it now, where these differ: the strictest.
+
+    What was not known then, of a licence that is the same or that no document confirmed, is answered by what is known today.
+    """
     verdicts, today = [_of(entry)], find_database(entry["name"])
     given = (entry.get("accepted") or {}).get("licence")
     if given and given not in (entry["licence"], "unknown"):
         notes.append(f"{entry['name']}: accepted as {given!r} on {entry['accepted']['date']}, in the catalogue {entry['licence']!r}")
         verdicts.append(judge(entry["name"], given))
-    if today.known and _of(terms(today)) != verdicts[0]:
-        notes.append(f"{entry['name']}: {_said(entry)} when they were trained, {_said(terms(today))} in today's catalogue")
-        verdicts.append(_of(terms(today)))
+    now = terms(today)
+    if today.known and _of(now) != verdicts[0]:
+        notes.append(f"{entry['name']}: {_said(entry)} when they were trained, {_said(now)} in today's catalogue")
+        if verdicts[0].answer == "not known" and (not entry["licence_confirmed"] or entry["licence"] == today.licence):
+            verdicts.pop(0)
+        verdicts.append(_of(now))
     if today.state == "withdrawn":
         verdicts.append(Verdict("not known", reasons=(f"{entry['name']}: withdrawn by its owners since",)))
     return strictest(verdicts)

@@ -9,16 +9,18 @@ import logging
 import re
 import shutil
 import sys
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_registry.catalogue import NAME_PATTERN, Database, find_database
 from data_registry.errors import InputError, run_stage
 from pipelines import fetch_terms
-from pipelines.fetch_choice import File, Part, choose_subjects, find_files, find_parts, join_participants
-from pipelines.fetch_routes import Patient, Route, RouteError, open_route
+from pipelines.fetch_choice import SITE_TABLES, File, Part, choose_subjects, find_files, find_freesurfer, find_parts, join_participants, warn_of_sites
+from pipelines.fetch_joined import as_named_in, open_joined
+from pipelines.fetch_people import drop_people
+from pipelines.fetch_routes import Patient, Route, RouteError
 from pipelines.fetch_transfer import Ledger, alone, aside_of, tidy, transfer
 
 log = logging.getLogger("lodbrain.fetch")
@@ -94,49 +96,78 @@ def fetch(
     if to.absolute().name != name:
         raise InputError(f"--to {to}: the folder's name becomes the database's; …/{name} is wanted")
     withdrawn = fetch_terms.withdrawn_subjects(database)
+    if gone := sorted(withdrawn & {subject.removeprefix("sub-") for subject in choice.subjects}):
+        raise InputError(f"--subject {gone[0]}: is withdrawn from this project, says {fetch_terms.WITHDRAWN}; it is not fetched")
     address = fetch_terms.address_of(database, route)
     if not dry_run:
         fetch_terms.accept(database, accepted, address=address)
-    opened = open_route(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
-    try:
-        parts, files = _list(Patient(opened, network.tries), database, choice, withdrawn, network.workers)
-    except RouteError as error:
-        raise InputError(f"{address}: {error}; a route that can be listed is wanted") from None
-    ledger = Ledger(to, opened.address, read_only=dry_run)
-    if another := next(filter(ledger.is_another, files), None):
-        came = ledger.rows[another.path]
-        sizes = f"{came['bytes']} bytes came from {came['route']}, {another.entry.bytes} are at {address}"
-        raise InputError(f"{to / another.path}: {sizes}: two databases; another --to is wanted")
-    missing = [file for file in files if not ledger.has(file, verify=verify)]
-    here = len(files) - len(missing)
+    with ThreadPoolExecutor(2 * network.workers) as pool:
+        opened, parts, chosen, files = _listed(address, network, lambda there: _images(there, database, choice, withdrawn, pool))
+        sources = [(opened, files, Ledger(to, opened.address, read_only=dry_run))]
+        if choice.labels and database.labels and database.labels.route and address in fetch_terms.addresses(database):
+            people = {subject for subjects in chosen for subject in subjects}
+            opened, maps = _listed(database.labels.route, network, lambda there: (find_freesurfer(there, database.labels.subject, people, pool),))
+            sources.append((opened, maps, Ledger(to, opened.address, read_only=dry_run)))
+    for opened, files, ledger in sources:
+        if another := next(filter(ledger.is_another, files), None):
+            came = ledger.rows[another.path]
+            sizes = f"{came['bytes']} bytes came from {came['route']}, {another.entry.bytes} are at {opened.address}"
+            raise InputError(f"{to / another.path}: {sizes}: two databases; another --to is wanted")
+    files = [file for _, files, _ in sources for file in files]
+    missing = [[file for file in files if not ledger.has(file, verify=verify)] for _, files, ledger in sources]
+    all_missing = [file for files in missing for file in files]
+    here = len(files) - len(all_missing)
     if dry_run:
-        print(f"{name}: {_size(files)} at {address}; {here} are here, {_size(missing)} to fetch")
+        at = " and ".join(opened.address for opened, _, _ in sources)
+        print(f"{name}: {_size(files)} at {at}; {here} are here, {_size(all_missing)} to fetch")
         return {}
+    faults: dict[str, str] = {}
     with alone(to):
-        _check_room(to, missing)
-        faults = transfer(opened, missing, ledger, tries=network.tries, workers=network.workers)
-        if parts[0].folder:
-            join_participants(to, database, parts)
-            ledger.add_made("participants.tsv")
+        _check_room(to, all_missing)
+        for (opened, _, ledger), wanted in zip(sources, missing, strict=True):
+            faults |= transfer(opened, wanted, ledger, tries=network.tries, workers=network.workers)
+        _keep_tables(to, database, parts, withdrawn, sources[0][2])
         if not faults:
             tidy(to)
-    print(f"{name}: {_size(files)} in {to}; {here} were here, {len(missing) - len(faults)} came, {len(faults)} could not be had")
+    print(f"{name}: {_size(files)} in {to}; {here} were here, {len(all_missing) - len(faults)} came, {len(faults)} could not be had")
     print(f"next: `index: {{roots: [{to}]}}` in params.yaml, then python -m pipelines.index")
     return faults
 
 
-def _list(route: Route, database: Database, choice: Choice, withdrawn: Collection[str], workers: int) -> tuple[list[Part], list[File]]:
-    log.info("%s: listing %s", database.name, route.address)
-    with ThreadPoolExecutor(2 * workers) as pool:
-        parts = find_parts(route, database, pool)
-        gone = sorted(set(withdrawn) & {subject for part in parts for subject in part.subjects})
-        if gone:
-            log.info("%s: subjects left out because %s names them: %d", database.name, fetch_terms.WITHDRAWN, len(gone))
-        chosen = choose_subjects(route, database, parts, sites=choice.sites, subjects=choice.subjects, withdrawn=withdrawn)
-        files = find_files(route, parts, chosen, pool, labels=choice.labels)
+def _listed(address: str, network: Network, ask: Callable[[Route], tuple]) -> tuple:
+    """The route at an address, and what it has of what is asked."""
+    opened = open_joined(address, endpoint_url=network.endpoint_url, timeout_s=network.timeout_s, connections=network.workers)
+    log.info("listing %s", address)
+    try:
+        return opened, *ask(Patient(opened, network.tries))
+    except RouteError as error:
+        raise InputError(f"{address}: {error}; a route that can be listed is wanted") from None
+
+
+def _images(
+    route: Route, database: Database, choice: Choice, withdrawn: Collection[str], pool: Executor
+) -> tuple[list[Part], list[list[str]], list[File]]:
+    parts = find_parts(route, database, pool)
+    warn_of_sites(route, database, parts)
+    gone = sorted(set(withdrawn) & {subject for part in parts for subject in part.subjects})
+    if gone:
+        log.info("%s: subjects left out because %s names them: %d", database.name, fetch_terms.WITHDRAWN, len(gone))
+    chosen = choose_subjects(route, database, parts, sites=choice.sites, subjects=choice.subjects, withdrawn=withdrawn)
+    files = find_files(route, parts, chosen, pool, labels=choice.labels)
     if not any(file.path.endswith(("_T1w.nii", "_T1w.nii.gz")) for file in files):
         raise InputError(f"{route.address}: no T1w of the {sum(map(len, chosen))} subjects chosen; sub-*/[ses-*/]anat/*_T1w.nii.gz is wanted")
-    return parts, files
+    return parts, chosen, files
+
+
+def _keep_tables(to: Path, database: Database, parts: list[Part], withdrawn: Collection[str], ledger: Ledger) -> None:
+    """participants.tsv without lines of people who were withdrawn, whatever the route has; of the tables of sites one is made."""
+    tables = [to / "participants.tsv", *sorted(to.glob(f"{SITE_TABLES}/*/participants.tsv"))]
+    for table in (table for table in tables if table.is_file()):
+        if drop_people(table, as_named_in(table.parent.name if table.parent != to else "", withdrawn)):
+            ledger.add_made(str(table.relative_to(to)))
+    if parts[0].folder:
+        join_participants(to, database, parts, withdrawn)
+        ledger.add_made("participants.tsv")
 
 
 def _check_room(to: Path, missing: list[File]) -> None:

@@ -6,7 +6,7 @@ side, a site's inherited sidecar goes into each of its subjects' folders, and it
 """
 
 import csv
-import io
+import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Executor
@@ -17,9 +17,12 @@ from pathlib import Path
 from data_registry.catalogue import Database
 from data_registry.errors import InputError
 from data_registry.files import replacing
-from data_registry.label_sources import LABEL_GLOBS
+from data_registry.label_sources import FREESURFER_FILES, LABEL_GLOBS
+from pipelines.fetch_joined import as_named_in
+from pipelines.fetch_people import rows_by_subject, subject_of
 from pipelines.fetch_routes import Entry, Route, safe
 
+log = logging.getLogger("lodbrain.fetch")
 ABOUT = ("participants.tsv", "participants.json", "dataset_description.json", "README*", "LICENSE*", "LICENCE*", "CHANGES*")
 INHERITED = ("T1w.json", "*_T1w.json")
 IMAGES = tuple(
@@ -51,7 +54,12 @@ class Part:
     @property
     def subjects(self) -> list[str]:
         """Labels, without ``sub-``."""
-        return [_subject(_name(entry)) for entry in self.top if entry.is_folder and _name(entry).startswith("sub-")]
+        return [subject_of(_name(entry)) for entry in self.top if entry.is_folder and _name(entry).startswith("sub-")]
+
+    @property
+    def described(self) -> bool:
+        """Whether it says of itself that it is a database."""
+        return any(_name(entry) in ("dataset_description.json", "participants.tsv") for entry in self.top)
 
 
 def find_parts(route: Route, database: Database, pool: Executor) -> list[Part]:
@@ -62,7 +70,7 @@ def find_parts(route: Route, database: Database, pool: Executor) -> list[Part]:
         return [whole]
     folders = [entry.path for entry in top if entry.is_folder and safe(entry.path)]
     parts = [Part(folder, _site(folder, database), tuple(there)) for folder, there in zip(folders, pool.map(route.ls, folders), strict=True)]
-    parts = [part for part in parts if part.subjects]
+    parts = _without_seconds([part for part in parts if part.subjects])
     if database.site_rule.participants and any(part.site in database.sites for part in parts):
         return parts
     held = f"it has {', '.join(folders[:8])}{' …' * (len(folders) > 8)}" if folders else "nothing can be listed there"
@@ -70,10 +78,25 @@ def find_parts(route: Route, database: Database, pool: Executor) -> list[Part]:
     raise InputError(f"{route.address}: no sub-* in it, {held}{within}; the folder of a BIDS database, or of one a site of it, is wanted")
 
 
+def _without_seconds(parts: list[Part]) -> list[Part]:
+    """Without folders that are no database and hold people of one, such as ABIDE I's ``sidecards``: JSON files, and no image."""
+    held = {subject for part in parts if part.described for subject in part.subjects}
+    seconds = [part for part in parts if not part.described and held & set(part.subjects)]
+    if seconds:
+        log.info("passed over, since its people stand in the other folders: %s", ", ".join(part.folder for part in seconds))
+    return [part for part in parts if part not in seconds]
+
+
 def _site(folder: str, database: Database) -> str:
-    """``Site-RU`` is RU, ``Caltech`` is CALTECH; a name that the catalogue has not stays as it came."""
-    bare = folder.casefold().removeprefix("site-")
-    return next((site for site in database.sites if site.casefold() in (folder.casefold(), bare)), folder)
+    """``Site-RU`` is RU, ``Caltech`` is CALTECH, and what ``folders`` of a site lists is that site; any other name stays as it came."""
+    names = {folder.casefold(), folder.casefold().removeprefix("site-")}
+    return next((name for name, site in database.sites.items() if names & {one.casefold() for one in (name, *site.folders)}), folder)
+
+
+def _site_of(part: Part, row: dict, database: Database) -> str | None:
+    """Of a subject: as its row says, if the catalogue has such a site or the folder tells none; else the folder's."""
+    said = row.get(database.site_rule.participants)
+    return said if said not in (None, "", "n/a") and (said in database.sites or part.site not in database.sites) else part.site
 
 
 def choose_subjects(
@@ -101,6 +124,16 @@ def choose_subjects(
     return chosen
 
 
+def warn_of_sites(route: Route, database: Database, parts: list[Part]) -> None:
+    """Say before the night that index will miss the column that tells sites."""
+    column = database.site_rule.participants
+    if column and not parts[0].folder:
+        table = next((entry for entry in parts[0].top if _name(entry) == "participants.tsv"), None)
+        head = b"".join(route.read(table, 0)).decode("utf-8-sig", errors="replace").split("\n")[0].split("\t") if table else []
+        if column not in [name.strip() for name in head]:
+            log.warning("%s: participants.tsv has no column %r, from which %s takes sites; index will want it", route.address, column, database.name)
+
+
 def _of_sites(route: Route, database: Database, part: Part, sites: Collection[str]) -> set[str]:
     rule = database.site_rule
     if rule.sidecar:
@@ -110,12 +143,12 @@ def _of_sites(route: Route, database: Database, part: Part, sites: Collection[st
     if rule.prefix:
         return {subject for subject in part.subjects if (match := re.match(rule.prefix, subject)) and match.group(1) in sites}
     table = next((entry for entry in part.top if _name(entry) == "participants.tsv"), None)
-    rows = _rows(b"".join(route.read(table, 0)), f"{route.address}/{table.path}") if table else []
-    told = {_subject(row.get("participant_id") or ""): row[rule.participants] for row in rows if row.get(rule.participants) not in (None, "", "n/a")}
-    if not told and part.site is None:
+    rows = _rows(part, b"".join(route.read(table, 0)), f"{route.address}/{table.path}") if table else {}
+    told = {subject: _site_of(part, rows.get(subject, {}), database) for subject in part.subjects}
+    if set(told.values()) <= {None}:
         column = f"column {rule.participants!r} of participants.tsv"
         raise InputError(f"--site: {database.name} takes its sites from {column}, which is not at {route.address}; --subject is wanted")
-    return {subject for subject in part.subjects if told.get(subject, part.site) in sites}
+    return {subject for subject, site in told.items() if site in sites}
 
 
 def find_files(route: Route, parts: list[Part], chosen: list[list[str]], pool: Executor, *, labels: bool) -> list[File]:
@@ -138,6 +171,25 @@ def find_files(route: Route, parts: list[Part], chosen: list[list[str]], pool: E
     return sorted(files, key=lambda file: file.path)
 
 
+def find_freesurfer(route: Route, pattern: str, subjects: Collection[str], pool: Executor) -> list[File]:
+    """Label maps of these subjects in a folder of FreeSurfer's; ``pattern`` matches a subject's folder there, and its first group the label."""
+    owners: dict[str, str] = {}
+    folders = [entry.path for entry in route.ls("") if entry.is_folder and safe(entry.path)]
+    for folder in sorted(folders):
+        match = re.fullmatch(pattern, folder)
+        if match and match[1] in subjects and owners.setdefault(match[1], folder) != folder:
+            raise InputError(f"{route.address}: {owners[match[1]]} and {folder} are both of sub-{match[1]}; one is wanted, or --no-labels")
+    if not owners:
+        none = f"none of its {len(folders)} folders is, by labels.subject {pattern!r}, of the {len(subjects)} subjects chosen"
+        raise InputError(f"{route.address}: {none}; one is wanted, or --no-labels")
+    names = {name for names in FREESURFER_FILES.values() for name in names}
+    listed = pool.map(lambda folder: route.ls(f"{folder}/mri"), owners.values())
+    return [
+        File(entry, f"derivatives/freesurfer/sub-{subject}/mri/{_name(entry)}")
+        for subject, there in zip(owners, listed, strict=True) for entry in there if _name(entry) in names and not entry.is_folder
+    ]  # fmt: skip
+
+
 def _walk(route: Route, part: Part, patterns: Sequence[str], subjects: frozenset[str], pool: Executor) -> list[Entry]:
     """Files below a part that fit, of these subjects; only folders that lead to some are listed."""
     found, level = [], [(entry, {tuple(pattern.split("/")) for pattern in patterns}) for entry in part.top]
@@ -148,36 +200,32 @@ def _walk(route: Route, part: Part, patterns: Sequence[str], subjects: frozenset
             rest = {pattern[1:] for pattern in fitting if fnmatchcase(name, pattern[0])} if safe(entry.path) else set()
             if not entry.is_folder and () in rest:
                 found.append(entry)
-            elif entry.is_folder and rest - {()} and not (name.startswith("sub-") and _subject(name) not in subjects):
+            elif entry.is_folder and rest - {()} and not (name.startswith("sub-") and subject_of(name) not in subjects):
                 folders.append((entry.path, rest - {()}))
         listed = pool.map(route.ls, [path for path, _ in folders])
         level = [(entry, rest) for (_, rest), there in zip(folders, listed, strict=True) for entry in there]
     return found
 
 
-def join_participants(root: Path, database: Database, parts: Iterable[Part]) -> None:
-    """Write participants.tsv of the parts' tables, with the column that the site rule reads: as a table has it, else the folder's site."""
+def join_participants(root: Path, database: Database, parts: Iterable[Part], withdrawn: Collection[str]) -> None:
+    """Write participants.tsv of the parts' tables, without whom was withdrawn, with the column that the site rule reads: :func:`_site_of`."""
     column, joined, header = database.site_rule.participants, {}, {"participant_id": None, database.site_rule.participants: None}
     for part in parts:
         table = root / SITE_TABLES / part.folder / "participants.tsv"
-        rows = _rows(table.read_bytes(), str(table)) if table.is_file() else []
-        told = {_subject(row["participant_id"]): row for row in rows if row.get("participant_id")}
-        for subject in part.subjects:
+        told = _rows(part, table.read_bytes(), str(table)) if table.is_file() else {}
+        for subject in set(part.subjects) - set(withdrawn):
             row = told.get(subject, {}) | {"participant_id": f"sub-{subject}"}
             header |= dict.fromkeys(row)
-            joined[subject] = row | {column: part.site if row.get(column) in (None, "", "n/a") else row[column]}
+            joined[subject] = row | {column: _site_of(part, row, database)}
     with replacing(root / "participants.tsv") as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
         writer = csv.DictWriter(handle, list(header), restval="n/a", delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(joined[subject] for subject in sorted(joined))
 
 
-def _rows(content: bytes, where: str) -> list[dict]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter="\t"))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{where}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
-    return [{key: value for key, value in row.items() if key is not None} for row in rows]
+def _rows(part: Part, content: bytes, where: str) -> dict[str, dict]:
+    names = as_named_in(part.folder, part.subjects)
+    return {names[name]: row for name, row in rows_by_subject(content, where, names).items()}
 
 
 def _fits(name: str, patterns: Iterable[str]) -> bool:
@@ -190,8 +238,3 @@ def _name(entry: Entry) -> str:
 
 def _below(part: Part, entry: Entry) -> str:
     return entry.path.removeprefix(f"{part.folder}/") if part.folder else entry.path
-
-
-def _subject(name: str) -> str:
-    """Of a folder's name: ``sub-01_ses-2``, as FreeSurfer's may be, or fsl_anat's ``sub-01.anat``, is 01."""
-    return name.removeprefix("sub-").removesuffix(".anat").split("_")[0]

@@ -30,20 +30,31 @@ def address_of(database: Database, route: str | None) -> str:
         return route
     if not database.known:
         raise InputError(f"{database.name}: no such database; one of {', '.join(catalogue())} is wanted, or where yours is with --route")
-    given = "give the folder of what you downloaded, or a mirror, with --route"
+    readable, where = addresses(database), database.route or "its owners"
+    by_hand = "lay out what you download as sub-*/[ses-*/]anat/*_T1w.nii.gz and name its folder with --route"
     if database.access != "open":
         wants = {"registration": "wants a registration", "agreement": "wants a signed agreement", None: "may want more than a download"}
-        where = database.route or "its owners"
-        raise InputError(f"{database.name} {wants[database.access]}, first go to {where}; then {given}")
-    numbers = re.findall(r"\bds\d{6}\b", database.route or "") if (database.route or "").startswith("OpenNeuro") else []
-    if len(numbers) == 1:
-        return f"s3://openneuro.org/{numbers[0]}"
-    if numbers:
-        buckets = ", ".join(f"s3://openneuro.org/{number}" for number in numbers)
-        raise InputError(f"{database.name} is {len(numbers)} databases; --route with one of {buckets} is wanted")
-    if not re.fullmatch(r"(s3|https?)://\S+", database.route or ""):
-        raise InputError(f"{database.name}: its route is {database.route or 'not known'}, which no program can read; {given}")
-    return database.route
+        steps = f"first go to {where}; then {by_hand}"
+        if readable:  # nobody asks there who reads, so it is asked here
+            steps = f"see `lodbrain sites show {database.name}`; once you have it, give --route {shlex.quote(' '.join(readable))}"
+        raise InputError(f"{database.name} {wants[database.access]}, {steps}")
+    if not readable:
+        unread = f"its route is {where}, which is for people: go there, then" if database.route else "its route is not known:"
+        raise InputError(f"{database.name}: {unread} {by_hand}")
+    return " ".join(readable)
+
+
+def addresses(database: Database) -> list[str]:
+    """What of the catalogue's route a program can read: a bucket, the buckets of OpenNeuro's numbers, a manifest; a web page is for people.
+
+    >>> from data_registry.catalogue import find_database
+    >>> addresses(find_database("mbb")), addresses(find_database("ixi"))
+    (['s3://openneuro.org/ds000221'], [])
+    """
+    route = database.route or ""
+    if route.startswith("OpenNeuro"):
+        return [f"s3://openneuro.org/{number}" for number in re.findall(r"\bds\d{6}\b", route)]
+    return [route] if re.fullmatch(r"s3://\S+|https?://\S+\.tsv", route) else []
 
 
 def licence_of(database: Database) -> tuple[str, str]:
@@ -67,8 +78,11 @@ def accept(database: Database, accepted: str | None, *, address: str) -> None:
         return
     if accepted is None:
         raise InputError(f"{database.name}: {words}; read it, then {option} is wanted, once in a project")
-    with open(LICENCES, "a", encoding="utf-8", newline="") as handle:
+    with open(LICENCES, "a+", encoding="utf-8", newline="") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
+        handle.seek(0)
+        if not (handle.read() or "\n").endswith("\n"):  # an editor's last line
+            handle.write("\n")
         writer = csv.DictWriter(handle, LICENCE_COLUMNS, delimiter="\t", lineterminator="\n")
         if os.fstat(handle.fileno()).st_size == 0:
             writer.writeheader()

@@ -64,9 +64,10 @@ class Ledger:
         What came by other means, or from another route, is told by the checksum that the route gives, if it gives one, and then recorded.
         """
         row, path, entry = self.rows.get(file.path), self.root / file.path, file.entry
-        if not path.is_file() or path.stat().st_size != entry.bytes:
+        same = row is not None and (row["version"], row["route"]) == (entry.version, self.address)
+        if not path.is_file() or str(path.stat().st_size) != (row["bytes"] if same else str(entry.bytes)):
             return False
-        if row and (row["sha256"] == entry.sha256 or (row["version"], row["route"]) == (entry.version, self.address)):
+        if same or (row and row["sha256"] == entry.sha256):
             return not verify or sha256(path) == row["sha256"]
         if (row and row["route"] == self.address) or not (entry.sha256 or entry.md5) or _wrong(path, file):
             return False
@@ -89,10 +90,10 @@ class Ledger:
                 self._append("\t".join(row.values()))
 
     def add_made(self, path: str) -> None:
-        """A file that was put together here."""
-        digest = sha256(self.root / path)
-        if self.rows.get(path, {}).get("sha256") != digest:
-            self.add(File(Entry(path, (self.root / path).stat().st_size, digest), path), digest)
+        """A file that was put together here, or fetched and then changed: it stays until another version is at its source."""
+        digest, row = sha256(self.root / path), self.rows.get(path)
+        if not row or row["sha256"] != digest:
+            self.add(File(Entry(path, (self.root / path).stat().st_size, row["version"] if row else digest), path), digest)
 
     def _append(self, line: str) -> None:
         with open(self.root / LEDGER, "a+b") as handle:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_registry import protocol, slurm
 from data_registry.errors import InputError, run_stage
+from data_registry.ledgers import withdrawn
 from data_registry.params import Params, load_params
 from data_registry.schema import read_table
 from pipelines.index import SCANS_TABLE, find_databases, labels_folder, scan_name
@@ -55,7 +56,8 @@ def main() -> None:
 
 def plan(tool: str, params: Params, *, database: str | None, scans: list[str] | None, threads: int, limit_s: float) -> list[Work]:
     """The scans to be labelled: usable ones without labels that a stored protocol reads, and without a finished result of the tool."""
-    rows = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist() if row["reason"] is None}
+    gone, rows = withdrawn(), read_table(SCANS_TABLE, "scans").to_pylist()
+    rows = {row["scan_id"]: row for row in rows if row["reason"] is None and not gone.has_scan(row["scan_id"])}
     if unknown := set(scans or ()) - set(rows):
         raise InputError(f"{SCANS_TABLE}: no usable scan {', '.join(sorted(unknown))}; run `python -m pipelines.index` again")
     roots, labels = find_databases([Path(root) for root in params.index.roots]), labels_folder(params.index)

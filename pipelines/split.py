@@ -9,6 +9,7 @@ from data_registry import protocol, split
 from data_registry.catalogue import find_database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
+from data_registry.ledgers import withdrawn
 from data_registry.params import load_params
 from data_registry.schema import read_table, write_table
 from pipelines.harmonise import SAMPLES_TABLE
@@ -25,7 +26,8 @@ def main() -> None:
     """Split the harmonised scans that have labels of the trained protocol."""
     params = load_params()
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
-    samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok"]
+    gone = withdrawn()  # index and harmonise leave these out; tables from before, as `dvc checkout` brings back, have them
+    samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok" and not gone.has_scan(row["scan_id"])]
     asked = " or ".join(params.train.protocols)
     wanted = list(dict.fromkeys(source for name in params.train.protocols for source in protocol.load(name).sources))
     labelled = [row for row in samples if set(row["label_sources"]) & set(wanted)]

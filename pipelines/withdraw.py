@@ -2,7 +2,7 @@
 
     python -m pipelines.withdraw abide1 --subject 0051456 --reason "asked for it"
 
-The tombstone in ``withdrawn.tsv`` comes first: from then on index, harmonise, fetch and the loaders pass over what it names, whatever
+The tombstone in ``withdrawn.tsv`` comes first: from then on index, harmonise, split, fetch and the loaders pass over what it names, whatever
 lies on disk. Then go, in this project: the scans' rows of all tables, their shards, copies of those, pictures and reports. A shard
 that holds others too is written again without them, to the bytes it would have if they had never been there; its scans are taken from the
 shard as it stands, so the raw files are not needed. All other shards stay as they are. The tables that say what there was are changed
@@ -31,6 +31,7 @@ from data_registry.params import Harmonise, Params, load_params
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store
 from pipelines.attempts import clean
+from pipelines.fetch_people import cells_of
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
 from pipelines.index import HASH_CACHE, SCANS_TABLE, find_databases
 from pipelines.quality import PAGES, forget
@@ -39,6 +40,7 @@ from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
 log = logging.getLogger("lodbrain.withdraw")
 FROZEN = ("split.parquet", "split.json")
 CASES = "cases/*.npz"
+CONFLICTS = "conflicts"
 REPORTS = Path("reports")
 
 
@@ -91,11 +93,20 @@ def _refuse_unknown(database: str, subjects: list[str], scans: list[dict], param
     if database not in here | set(roots) | set(catalogue()) | {stone.database for stone in buried.tombstones}:
         raise InputError(f"{database}: no such database; one of {', '.join(sorted(here | set(roots))) or 'the catalogue'} is wanted")
     people = {row["subject"] for row in scans if row["database"] == database}
+    if subjects and not people and database not in roots:
+        log.warning("nobody of %s is in this project, so that labels cannot be checked: %s", database, ", ".join(subjects))
+        return
     for subject in subjects:
-        on_disk = database in roots and any(roots[database].glob(f"sub-{subject}"))
+        on_disk = database in roots and (any(roots[database].glob(f"sub-{subject}")) or _in_participants(roots[database], subject))
         if subject not in people and not on_disk and (database, subject) not in {stone[:2] for stone in buried.tombstones}:
             has = f"has {len(people)}, e.g. {min(people)}" if people else "has nobody in this project"
             raise InputError(f"--subject {subject}: {database} {has}; the label of one of its people is wanted")
+
+
+def _in_participants(root: Path, subject: str) -> bool:
+    """Whether the database's table names somebody, with a scan or without."""
+    table = root / "participants.tsv"
+    return table.is_file() and bool(cells_of(table.read_bytes(), {subject})[1])
 
 
 def _roots(params: Params) -> dict[str, Path]:
@@ -244,7 +255,8 @@ def _clear_tables(folder: Path, gone: Withdrawn, scan_ids: list[str]) -> Iterato
             path.unlink()
             yield path, 0
     for path in sorted(path for kind in ("tsv", "json", "html", "csv") for path in folder.glob(f"*.{kind}")):
-        if path.name not in FROZEN and any(name.encode() in path.read_bytes() for name in scan_ids):
+        named = path.stem == CONFLICTS or any(name.encode() in path.read_bytes() for name in scan_ids)  # conflicts name people without scans too
+        if named and path.name not in FROZEN:
             path.unlink()
             yield path, 0
 

@@ -23,6 +23,9 @@ from data_registry.ledgers import Withdrawn, read_rows
 from data_registry.params import Params
 from data_registry.schema import read_table
 from data_registry.shards import read_metadata
+from pipelines.fetch_joined import as_named_in
+from pipelines.fetch_people import cells_of
+from pipelines.fetch_transfer import ASIDE, LEDGER
 from pipelines.index import find_databases, labels_folder
 from pipelines.people import PEOPLE_TABLE
 from pipelines.split import SPLIT_TABLE
@@ -58,7 +61,7 @@ def left_elsewhere(gone: Gone, params: Params) -> Iterator[str]:
     sections = {
         "The same person in another database, or under another name, not withdrawn by this": list(gone.same_people),
         "Raw files, and labels made of them; index passes over both": _raw_files(gone, params),
-        "Weights that saw them; train again without (dvc repro), then delete these and every copy that was given on": weights,
+        "Weights that saw them; delete these first, with every copy that was given on: `dvc repro` then trains anew without": weights,
         "Runs in MLflow, whose reports hold pictures and scores": _mlflow(params, hashes | {gone.data_hash} - {None}),
         "DVC's cache and remotes, once `dvc repro` has noted what is left; `dvc checkout` of an old dvc.lock brings them back": list(_dvc(gone)),
         "The object store of shards, and other machines' copies of them": list(_object_store(gone, params)),
@@ -112,15 +115,23 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
     for folder in folders:
         there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
         lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
-        tables = [path for name in ("participants.tsv", "sourcedata/*/participants.tsv", "fetched.tsv") for path in sorted(folder.glob(name))]
-        lines += [f"{path}: their rows" for path in tables if any(_names(path.read_bytes(), subject) for subject in gone.subjects)]
+        if (folder / ASIDE).is_dir():
+            lines.append(f"rm -r {shlex.quote(str(folder / ASIDE))} (files on their way when a fetch was stopped, theirs maybe among them)")
+        for table in (path for name in ("participants.tsv", "sourcedata/*/participants.tsv") for path in sorted(folder.glob(name))):
+            column, cells = cells_of(table.read_bytes(), as_named_in(table.parent.name if table.parent != folder else "", gone.subjects))
+            if cells:
+                others = " && ".join(f"${column} != {json.dumps(cell, ensure_ascii=False)}" for cell in sorted(set(cells.values())))
+                lines.append(_filtered(f"awk -F'\\t' {shlex.quote(others)}", table))
+        for subject in gone.subjects:
+            theirs = re.compile(rf"sub-{re.escape(subject)}[/_]")
+            if (folder / LEDGER).is_file() and theirs.search((folder / LEDGER).read_text(encoding="utf-8", errors="replace")):
+                lines.append(_filtered(f"grep -vE {shlex.quote(theirs.pattern)}", folder / LEDGER))
     return lines
 
 
-def _names(table: bytes, subject: str) -> bool:
-    """Whether a table has a line of theirs, or names a file of theirs."""
-    label = re.escape(subject.encode())
-    return re.search(rb"^(sub-)?" + label + rb"(?=[\t\r\n]|$)|sub-" + label + rb"[/_]", table, re.M) is not None
+def _filtered(program: str, table: Path) -> str:
+    path = shlex.quote(str(table))
+    return f"{program} {path} > {path}.new && mv {path}.new {path}"
 
 
 def _weights(gone: Gone) -> tuple[list[str], frozenset[str]]:
@@ -202,15 +213,15 @@ def _dvc(gone: Gone) -> Iterator[str]:
         return
     cache, remotes = _dvc_places(home)
     objects = sorted(_objects(cache, gone)) if cache.is_dir() else []
-    where = {"the cache": str(cache), **{f"remote {name}": url for name, url in remotes.items()}}
-    for name, url in where.items():
+    where = {"the cache": (str(cache), None), **{f"remote {name}": place for name, place in remotes.items()}}
+    for name, (url, endpoint) in where.items():
         for md5 in objects:
             path = f"{url}/files/md5/{md5[:2]}/{md5[2:]}"
             if "://" not in url:
                 if Path(path).exists():
                     yield f"{name}: rm -f {shlex.quote(path)}"
             elif url.startswith("s3://"):
-                yield f"{name}: aws s3 rm {shlex.quote(path)}"
+                yield f"{name}: aws s3 rm {shlex.quote(path)}{f' --endpoint-url {endpoint}' if endpoint else ''}"
             else:
                 yield f"{name}: delete {path}"
     yield "tables, reports, pictures, checkpoints and shards that were listed nowhere, once `dvc repro` has run: dvc gc --workspace --force"
@@ -219,8 +230,8 @@ def _dvc(gone: Gone) -> Iterator[str]:
     yield f"  both keep this workspace's alone; where others share {cache} or a remote, add --projects with the folder of each"
 
 
-def _dvc_places(home: Path) -> tuple[Path, dict[str, str]]:
-    """The cache's folder, and each remote's URL or folder, from DVC's own settings, the more local ones before the others."""
+def _dvc_places(home: Path) -> tuple[Path, dict[str, tuple[str, str | None]]]:
+    """The cache's folder, and each remote's URL or folder with its server's, from DVC's own settings, the more local ones before the others."""
     cache, remotes = home / "cache", {}
     user = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "dvc"
     for path in (Path("/etc/xdg/dvc/config"), user / "config", home / "config", home / "config.local"):
@@ -234,7 +245,7 @@ def _dvc_places(home: Path) -> tuple[Path, dict[str, str]]:
                 cache = Path(os.path.normpath(path.parent / settings[name]["dir"]))
             elif (match := re.fullmatch(r"""'?remote ["'](.+?)["']'?""", name)) and "url" in settings[name]:
                 url = settings[name]["url"].rstrip("/")
-                remotes[match[1]] = url if "://" in url else os.path.normpath(path.parent / url)
+                remotes[match[1]] = url if "://" in url else os.path.normpath(path.parent / url), settings[name].get("endpointurl")
     return cache, remotes
 
 

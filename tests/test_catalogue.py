@@ -24,11 +24,12 @@ WHOLE = {
     "name": "whole", "title": "every field filled", "corpus": False, "used_by": ["NeuroNet"], "countries": ["Italy", "Malta"], "licence": "CC0",
     "access": "open", "route": "a shop", "redistribute": {"images": True, "labels": True, "weights": False}, "state": "available",
     "citation": "A 2020", "doi": "10.1000/x", "sex_codes": {"1": "M", "2": "F"},
-    "labels": {"source": "FreeSurfer", "version": "7.1"}, "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
+    "labels": {"source": "FreeSurfer", "version": "7.1", "route": "s3://b/x", "subject": "A_(.+)"},
+    "defaced": True, "family_column": "family", "note": "n", "subjects": 3, "scans": 4,
     "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40}, "sexes": {"F": 1, "M": 2}, "site_rule": {"prefix": "(A)"},
     "same_people": [{"database": "ixi"}],
     "sites": {"A": {
-        "place": "P", "country": "Malta", "scanner": "s", "manufacturer": "GE", "model": "M", "field_strength_tesla": 1.5,
+        "place": "P", "country": "Malta", "folders": ["a_1", "a_2"], "scanner": "s", "manufacturer": "GE", "model": "M", "field_strength_tesla": 1.5,
         "voxel_mm": [1.0, 1.0, 1.2], "subjects": 3, "scans": 4,
         "age_years": {"mean": 30.0, "sd": 2.0, "min": 20.0, "max": 40.0}, "sexes": {"F": 1, "M": 2}, "note": "n",
     }},
@@ -191,6 +192,11 @@ def test_a_value_without_a_source_is_refused_and_with_the_mark_counts_as_missing
         ({"sources": {"licence": "e"}}, "sources.licence: 'e' came; a document is wanted: d"),
         ({"sources": {}}, "documents.d: is named by no field"),
         ({"sources": {"licence": "d", "sites.B.model": "d"}}, "sources: 'sites.B.model' came, no field of whole"),
+        (
+            {"documents": {"d": "letter 2026-03-01, A. Doe, kept by us"}, "sources": {"licence": "d", "redistribute.weights": "d"}},
+            "sources.licence: 'd' came, a letter; that is a source of redistribute.weights alone",
+        ),
+        ({"documents": {"d": "a letter"}}, "documents.d: 'a letter' came"),
         ({"unverified": ["licences"]}, "unverified: 'licences' came, no field of whole"),
         ({"unverified": ["licence"]}, "unverified: 'licence' came, which has a source too"),
     ],
@@ -224,7 +230,7 @@ def is_right(path, value) -> bool:
     if value == {}:
         return name in ("documents", "sources", "lod_brain", "redistribute", "age_years", "sexes", "sex_codes")
     if value == []:
-        return name in ("used_by", "countries", "unverified", "same_people") or (name == "sites" and path[0] == "lod_brain")
+        return name in ("used_by", "countries", "unverified", "same_people", "folders") or (name == "sites" and path[0] == "lod_brain")
     if isinstance(value, bool):
         return name in ("corpus", "known", "defaced", "images", "labels", "weights") and path != ("labels",)
     if isinstance(value, str) and value:
@@ -296,6 +302,9 @@ def test_a_field_that_nobody_knows(tmp_path, path, known):
         ({"site_rule": {"single": "B"}}, "site_rule.single 'B' is no site; one of A is wanted"),
         ({"site_rule": {"prefix": "("}}, "site_rule: .* a regular expression in prefix is wanted"),
         ({"site_rule": {"prefix": "A"}}, "with a group, the site, in prefix is wanted"),
+        ({"labels": {"source": "s", "route": "s3://b/x"}}, "labels: .* came; route and subject are wanted both, or neither"),
+        ({"labels": {"source": "s", "route": "s3://b/x", "subject": "A"}}, "with a group, the subject's label, in subject is wanted"),
+        ({"sites": {"A": {"place": "P"}, "B": {"place": "P", "folders": ["a"]}}}, "sites.B.folders has 'a', which is A; a folder of one site"),
         ({"site_rule": {}}, "exactly one of participants, sidecar, prefix, single is wanted"),
         ({"lod_brain": {"IXI": {"scans": 569, "sites": ["HH"]}}}, "lod_brain.IXI.sites names 'HH', which is no site; one of A is wanted"),
         ({"documents": {"d": "seen it somewhere"}}, "documents.d: 'seen it somewhere' came"),

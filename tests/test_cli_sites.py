@@ -91,8 +91,8 @@ def test_show_has_terms_sites_and_where_they_were_read():
     doi = "10.1016/j.neuroimage.2013.05.041"
     assert standing["doi"] == {"value": doi, "standing": "sourced", "source": f"doi:{doi}"}
     assert standing["sites"]["WashU"]["voxel_mm"]["value"] == [0.7, 0.7, 0.7]
-    licence = json.loads(output("show", "nki_rockland", "--json"))["standing"]["licence"]
-    assert (licence["standing"], licence["source"]) == ("unverified", None)
+    access = json.loads(output("show", "iadni", "--json"))["standing"]["access"]
+    assert (access["standing"], access["source"]) == ("unverified", None)
 
 
 def test_every_database_can_be_shown():

@@ -22,7 +22,8 @@ import pytest
 from loopback_http import CuttingProxy, folder_server
 from loopback_s3 import BUCKET, s3_server
 
-from data_registry.catalogue import Database, Site, SiteRule, find_database
+from data_registry.catalogue import Database, Site, SiteRule, catalogue, find_database
+from data_registry.catalogue_schema import LabelSource
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
@@ -61,8 +62,8 @@ def known(monkeypatch, **fields) -> None:
 
 def database(**fields) -> Database:
     sites = {site: Site(place=place) for site, place in SITES.items()}
-    given = {"licence": "CC0", "access": "open", "site_rule": SiteRule(participants="site"), "source": "made for tests"} | fields
-    return Database(name=NAME, title=NAME, sites=sites, **given)
+    given = {"licence": "CC0", "access": "open", "site_rule": SiteRule(participants="site"), "source": "made for tests", "sites": sites} | fields
+    return Database(name=NAME, title=NAME, **given)
 
 
 def scan(seed: int, size: int = 200_000) -> bytes:
@@ -203,6 +204,35 @@ def test_part_of_a_version_is_no_beginning_of_another(bucket):
     assert there()[T1W] == newer and not Path("data/small/.fetching").exists()
 
 
+def test_several_databases_of_openneuro_become_one(bucket, monkeypatch, caplog):
+    """As AOMIC's: the same labels mean different people, and no table has a column of sites."""
+    client, prefix, proxy = bucket
+    for number, name in ((1, "ds000001"), (2, "ds000002")):
+        for path, content in {
+            "sub-01/anat/sub-01_T1w.nii.gz": scan(number), "derivatives/freesurfer/sub-01/mri/aseg.mgz": scan(number + 2), "T1w.json": b"{}",
+            "participants.tsv": f"participant_id\tage\nsub-01\t{number}0\n".encode(),
+        }.items():  # fmt: skip
+            client.put_object(Bucket=BUCKET, Key=f"{prefix}/{name}/{path}", Body=content, ACL="public-read")
+    known(monkeypatch, sites={"One": Site(place="p", folders=["ds000001"]), "Two": Site(place="p", folders=["ds000002"])})
+    route = f"s3://{BUCKET}/{prefix}/ds000001 s3://{BUCKET}/{prefix}/ds000002"
+    proxy.budget = 150_000
+    with pytest.raises(InputError, match="the same command goes on"):
+        get(route, network=Network(workers=1, tries=1))
+    proxy.budget = float("inf")
+    assert get(route) == {} and get(route, verify=True) == {}
+    rows = [(row["subject"], row["site"], row["age_years"], [one["source"] for one in row["labels"]]) for row in index([Path("data/small")])]
+    assert rows == [("ds000001x01", "One", 10, ["aseg"]), ("ds000002x01", "Two", 20, ["aseg"])]
+    assert there()["sub-ds000002x01/anat/sub-ds000002x01_T1w.nii.gz"] == scan(2)
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\tds000002x01\t\t\n")
+    get(route)
+    assert there()["sourcedata/ds000001/participants.tsv"].endswith(b"sub-01\t10\n")
+    assert there()["sourcedata/ds000002/participants.tsv"] == b"participant_id\tage\n" and b"ds000002" not in there()["participants.tsv"]
+    caplog.clear()
+    shutil.rmtree("data")
+    get(route.split()[0])
+    assert "participants.tsv has no column 'site', from which small takes sites; index will want it" in caplog.text
+
+
 def test_a_bucket_that_is_not_there_is_one_line(bucket):
     with pytest.raises(InputError, match="^s3://nowhere/x: no sub-\\* in it, nothing can be listed there"):
         get("s3://nowhere/x")
@@ -306,6 +336,55 @@ def test_folders_of_sites_become_one_database(tmp_path):
     write(tmp_path / "release/oak", {T1W: scan(15)})
     with pytest.raises(InputError, match="sub-01 stands in Site-ASH and in oak"):
         get(tmp_path / "release")
+
+
+def test_the_release_of_abide_as_its_bucket_has_it(tmp_path, monkeypatch):
+    """A site in two folders, ids without their zeros and no column of sites in the tables, JSON files of all people in a folder beside."""
+    release = tmp_path / "release"
+    for folder, subject in (("Ash_a", "0050642"), ("Ash_b", "0050643"), ("Oak", "0050700")):
+        write(release / folder, {
+            f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz": scan(int(subject)), "dataset_description.json": b"{}",
+            "participants.tsv": f"age_at_scan\tparticipant_id\n{subject[-2:]}\t{int(subject)}\n".encode(),
+        })  # fmt: skip
+        write(release / f"sidecards/sub-{subject}/ses-x/anat", {f"sub-{subject}_ses-x_T1w.json": b"{}"})
+    sites = {"Ash": Site(place="ash", folders=["Ash_a", "ASH_B"]), "Oak": Site(place="oak")}
+    known(monkeypatch, sites=sites)
+    get(release, choice=Choice(sites=["Ash"]))
+    assert sorted(path for path in there() if path.startswith("sub-")) == [f"sub-{one}/anat/sub-{one}_T1w.nii.gz" for one in ("0050642", "0050643")]
+    get(release)
+    rows = [(row["subject"], row["site"], row["age_years"], row["reason"]) for row in index([Path("data/small")])]
+    assert rows == [("0050642", "Ash", 42, None), ("0050643", "Ash", 43, None), ("0050700", "Oak", 0, None)]
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t0050643\t\t\n")
+    get(release)
+    assert [path for path, content in there().items() if path.endswith("participants.tsv") and b"50643" in content] == []
+    before = Path("data/small/fetched.tsv").read_bytes()
+    assert get(release) == {} and Path("data/small/fetched.tsv").read_bytes() == before
+
+
+def test_labels_that_stand_elsewhere_come_too(tmp_path, mirror, monkeypatch):
+    """As ABIDE's FreeSurfer outputs do; asked for where the images come from the catalogue's own route."""
+    shutil.rmtree(mirror / "derivatives")
+    maps = {f"{folder}/mri/{name}": scan(number) for number, (folder, name) in enumerate([
+        ("Ash_a_01", "aparc+aseg.mgz"), ("Ash_a_01", "T1.mgz"), ("Oak_02", "aseg.mgz"), ("fsaverage", "aseg.mgz"), ("Oak_77", "aseg.mgz"),
+    ])}  # fmt: skip
+    elsewhere = write(tmp_path / "outputs", maps)
+    labels = LabelSource(source="FreeSurfer", version="5.1", route=str(elsewhere), subject=r".+_(\d\d)")
+    known(monkeypatch, labels=labels)
+    assert get(mirror) == {} and not [path for path in there() if path.startswith("derivatives")]
+    monkeypatch.setattr(fetch_terms, "addresses", lambda _: [str(mirror)])
+    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t02\t\t\n")
+    assert get(mirror) == {}
+    came = {path: content for path, content in there().items() if path.startswith("derivatives")}
+    assert came == {"derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz": maps["Ash_a_01/mri/aparc+aseg.mgz"]}
+    assert ledger()["derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz"]["route"] == str(elsewhere)
+    before = Path("data/small/fetched.tsv").read_bytes()
+    assert get(mirror) == {} and Path("data/small/fetched.tsv").read_bytes() == before
+    write(elsewhere, {"Ash_b_01/mri/aseg.mgz": scan(1)})
+    with pytest.raises(InputError, match="Ash_a_01 and Ash_b_01 are both of sub-01"):
+        get(mirror)
+    known(monkeypatch, labels=labels.model_copy(update={"subject": "(x)"}))
+    with pytest.raises(InputError, match=r"outputs: none of its 5 folders is, by labels.subject '\(x\)', of the 2 subjects chosen"):
+        get(mirror)
 
 
 def test_sites_and_subjects_are_chosen_before_anything_comes(mirror, monkeypatch):
@@ -418,6 +497,9 @@ def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
     known(monkeypatch, licence="OASIS terms of 2030")  # other terms
     with pytest.raises(InputError, match="OASIS terms of 2030"):
         fetch(NAME, route=str(mirror))
+    fetch_terms.LICENCES.write_text(accepted.rstrip("\n"))
+    fetch(NAME, route=str(mirror), accepted="OASIS terms of 2030")
+    assert [line.split("\t")[3] for line in fetch_terms.LICENCES.read_text().splitlines()] == ["licence", "OASIS terms", "OASIS terms of 2030"]
 
 
 @pytest.mark.parametrize(("fields", "said"), [
@@ -432,21 +514,34 @@ def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkey
 
 
 @pytest.mark.parametrize(("fields", "said"), [
-    ({"access": "agreement", "route": "portal, https://x.org"}, "small wants a signed agreement, first go to portal, https://x.org; then give"),
+    ({"access": "agreement", "route": "portal, https://x.org"}, "small wants a signed agreement, first go to portal, https://x.org; then lay out"),
     ({"access": "registration"}, "small wants a registration, first go to its owners"),
+    ({"access": "registration", "route": "s3://b/x"}, "wants a registration, see `lodbrain sites show small`; once you have it, give --route s3://b/x$"),
+    ({"route": "https://x.org/download"}, "its route is https://x.org/download, which is for people: go there, then lay out what you"),
+    ({}, "small: its route is not known: lay out what you download"),
     ({"access": None}, "small may want more than a download, first go to its owners"),
-    ({"route": "Harvard Dataverse"}, "its route is Harvard Dataverse, which no program can read"),
-    ({"route": "OpenNeuro ds003097, ds002785"}, "small is 2 databases; --route with one of s3://openneuro.org/ds003097, s3://openneuro.org/ds002785"),
+    ({"route": "Harvard Dataverse"}, "its route is Harvard Dataverse, which is for people"),
 ])  # fmt: skip
 def test_where_one_must_go_first_is_said(monkeypatch, fields, said):
     known(monkeypatch, **fields)
     with pytest.raises(InputError, match=said):
         fetch(NAME, accepted="CC0")
+    assert not any(Path().iterdir())  # nothing is accepted for what is not fetched
+
+
+def test_every_database_of_the_catalogue_can_be_fetched_or_says_what_to_do_first():
+    for entry in catalogue().values():
+        try:
+            assert fetch_terms.address_of(entry, None).startswith(("s3://", "https://"))
+        except InputError as error:
+            assert f"{entry.name}" in str(error) and ("--route" in str(error) or "it is not fetched" in str(error)), error
 
 
 def test_routes_of_the_catalogue():
     assert fetch_terms.address_of(find_database("la5c"), None) == "s3://openneuro.org/ds000030"
     assert fetch_terms.address_of(database(route="s3://b/x"), None) == "s3://b/x"
+    several = database(route="OpenNeuro ds003097, ds002785")
+    assert fetch_terms.address_of(several, None) == "s3://openneuro.org/ds003097 s3://openneuro.org/ds002785"
     for name, said in (("no_such_database", "no such database"), ("../x", "letters, digits")):
         with pytest.raises(InputError, match=said):
             fetch(name)
@@ -464,6 +559,14 @@ def test_people_who_are_withdrawn_are_left_out(mirror, caplog):
     with caplog.at_level("INFO"):
         get(mirror)
     assert "small: subjects left out because withdrawn.tsv names them: 1" in caplog.text and not [path for path in there() if "sub-01" in path]
+    assert there()["participants.tsv"] == WANTED["participants.tsv"].replace("sub-01\tAsh\tÄ\n".encode(), b"")
+    before = Path("data/small/fetched.tsv").read_bytes()
+    assert get(mirror) == {} and get(mirror, verify=True) == {} and Path("data/small/fetched.tsv").read_bytes() == before
+    newer = b"name\tparticipant_id\tsite\r\nA\t1\tAsh\r\nB\tsub-02\tOak\r\n"
+    write(mirror, {"participants.tsv": newer})
+    assert get(mirror) == {} and there()["participants.tsv"] == newer.replace(b"A\t1\tAsh\r\n", b"")
+    with pytest.raises(InputError, match="--subject 01: is withdrawn from this project"):
+        get(mirror, choice=Choice(subjects=["sub-01"]))
     fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t\t2026-01-01\tconsent\n")
     with pytest.raises(InputError, match=r"withdrawn from this project, says withdrawn.tsv \(2026-01-01, consent\)"):
         get(mirror)

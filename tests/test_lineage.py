@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from data_registry.catalogue import Database, Site, SiteRule, catalogue
 from data_registry.errors import InputError
 from data_registry.ledgers import Tombstone, Withdrawn, accepted_licences, bury, withdrawn
-from data_registry.licences import in_words, judge, strictest
+from data_registry.licences import ASK, in_words, judge, strictest
 from lod_model import lineage, provenance
 from lod_model import weights as weight_files
 from lod_model.cli import app
@@ -78,7 +78,7 @@ def test_the_strictest_licence_answers(licences, answer):
 def test_the_catalogues_word_on_weights_goes_before_the_licence():
     assert judge("db", "House rules", weights=True).conditions == ("the terms of db (House rules)",)
     assert judge("db", "House rules", weights=False).answer == judge("db", OPEN, weights=False).answer == "no"
-    assert judge("db", OPEN, confirmed=False).reasons == ("db: 'CC0', which no document confirms",)
+    assert judge("db", OPEN, confirmed=False).reasons == (f"db: 'CC0', which no document confirms; {ASK}",)
     assert judge("db", OPEN, confirmed=False, weights=True).answer == "yes"
     assert judge("db", "ODC-By-1.0 unless otherwise specified").conditions == ("attribution", "what parts of db specify otherwise")
 
@@ -93,7 +93,7 @@ def test_an_agreement_or_an_unread_licence_is_named(project):
     data = {"databases": provenance.databases_seen({"train": scans_of("free_sub-1_ses-1", "signed_sub-9")})}
     verdict = lineage.lineage({"data": data})["verdict"]
     assert verdict["answer"] == "not known"
-    assert verdict["reasons"] == ["signed: 'Signed agreement' does not say; the catalogue's redistribute.weights is wanted"]
+    assert verdict["reasons"] == [f"signed: 'Signed agreement' does not say; {ASK}"]
     data["databases"] = data["databases"][:1]
     words = "under conditions: attribution, share alike (cc-by-sa)"
     assert lineage.lineage({"data": data})["verdict"] == {"answer": "under conditions", "words": words, "reasons": []}
@@ -112,11 +112,29 @@ def test_of_then_now_and_what_was_accepted_the_strictest(project, tmp_path):
     assert "non-commercial use" in found["verdict"]["words"] and found["notes"][0].startswith(f"free: accepted as {COMMERCIAL!r} on 2026-01-02")
 
 
+def test_an_owners_answer_counts_for_weights_that_were_trained_before_it_came(project):
+    seen = provenance.databases_seen({"train": scans_of("signed_sub-9")})
+    assert lineage.lineage({"data": {"databases": seen}})["verdict"]["answer"] == "not known"
+    letter = "letter 2026-03-01, J. Doe of Signed's data office, kept with our agreements"
+    project["signed"] = entry("signed", licence="Signed agreement", source=None, redistribute={"weights": True})
+    assert lineage.lineage({"data": {"databases": seen}})["verdict"]["reasons"] == [f"signed: 'Signed agreement', which no document confirms; {ASK}"]
+    answered = {"redistribute": {"weights": True}, "documents": {"answer": letter}, "sources": {"redistribute.weights": "answer"}}
+    project["signed"] = entry("signed", licence="Signed agreement", **answered)
+    found = lineage.lineage({"data": {"databases": seen}})
+    assert found["verdict"]["words"] == found["databases"][0]["answer"] == "under conditions: the terms of signed (Signed agreement)"
+    assert f"signed: on weights, {letter}" in found["notes"]
+    assert "Doe" not in json.dumps(provenance.databases_seen({"train": scans_of("signed_sub-9")}))  # who wrote is not given on with weights
+    project["signed"] = entry("signed", licence="New agreement", **answered)  # the answer is about other terms than those they were trained under
+    assert lineage.lineage({"data": {"databases": seen}})["verdict"]["answer"] == "not known"
+    project["signed"] = entry("signed", licence="Signed agreement", **answered | {"redistribute": {"weights": False}})
+    assert lineage.lineage({"data": {"databases": seen}})["verdict"]["answer"] == "no"
+
+
 def test_weights_from_before(project):
     found = lineage.lineage({"trained_on": ["free.A", "free.B", "unread.A", "pilot.pilot"]})
     assert [entry["name"] for entry in found["databases"]] == ["free", "pilot", "unread"]
     assert len(found["notes"]) == 1 and "before weights noted their licences" in found["notes"][0]
-    assert found["verdict"]["reasons"] == ["pilot: no licence is known", "unread: 'CC0', which no document confirms"]
+    assert found["verdict"]["reasons"] == [f"pilot: no licence is known; {ASK}", f"unread: 'CC0', which no document confirms; {ASK}"]
     assert lineage.lineage({})["verdict"]["reasons"] == ["what trained it is not noted"]
 
 

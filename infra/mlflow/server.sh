@@ -20,9 +20,9 @@ case $host in 0.0.0.0) url=http://127.0.0.1:$port ;; *) url=http://$host:$port ;
 
 die() { echo "error: $*" >&2; exit 1; }
 answers() { python -c "import urllib.request as u; u.urlopen('$url/health', timeout=5)" 2>/dev/null; }
-# Number and start of the server's process; a number alone may meanwhile be another's.
-process() { echo "$1 $(ps -o lstart= -p "$1")"; }
-running() { [ -f "$pid_file" ] && read -r pid _ <"$pid_file" && kill -0 "$pid" 2>/dev/null && [ "$(process "$pid")" = "$(cat "$pid_file")" ]; }
+# Number and start of a process, unless it is dead and only not yet waited for (Z); a number alone may meanwhile be another's.
+process() { echo "$1 $(ps -o stat=,lstart= -p "$1" | sed -n '/^[^Z]/s/^[^ ]* *//p')"; }
+running() { [ -f "$pid_file" ] && read -r pid _ <"$pid_file" && [ "$(process "$pid")" = "$(cat "$pid_file")" ]; }
 # PostgreSQL does not run as root: then it is the account's that Debian makes for it.
 as_postgres() { if [ "$(id -u)" = 0 ]; then setpriv --reuid=postgres --regid=postgres --init-groups env HOME=/ "$@"; else "$@"; fi; }
 own_postgres() { [ -z "${PGSERVICE:-}${PGHOST:-}" ]; }
@@ -79,7 +79,7 @@ down() {
     if running; then
         kill "$pid"
         for _ in $(seq 60); do running || break; sleep 0.25; done
-        running && kill -KILL -- "-$pid"
+        ! running || kill -KILL -- "-$pid" || :
     fi
     rm -f "$pid_file"
     if [ -f "$data/postmaster.pid" ]; then

@@ -36,6 +36,13 @@ class RealServer:
         """kill -9 of the server and its workers, as a crash of its machine; PostgreSQL goes on."""
         os.killpg(self.pid, signal.SIGKILL)
 
+    def be_dead_unwaited(self) -> None:
+        """What a killed server is for a while, and in a container without an init for ever: a dead process that nobody has waited for."""
+        self.unwaited = subprocess.Popen(["true"])  # kept: Python waits for a process whose object goes
+        os.waitid(os.P_PID, self.unwaited.pid, os.WEXITED | os.WNOWAIT)
+        shown = ["ps", "-o", "lstart=", "-p", str(self.unwaited.pid)]
+        (self.home / "mlflow.pid").write_text(f"{self.unwaited.pid} {subprocess.check_output(shown, text=True)}")
+
     @property
     def pid(self) -> int:
         return int((self.home / "mlflow.pid").read_text().split()[0])

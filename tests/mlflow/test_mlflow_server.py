@@ -162,6 +162,7 @@ def test_a_server_that_comes_no_more_is_made_up_for_later(server, monkeypatch, c
         file, uri = words[words.index("--from") + 1], words[words.index("--to") + 1]
         with pytest.raises(InputError, match=f"{server.uri}: Connection refused; nothing is lost"):
             sync([Path(file)], uri)
+        server.be_dead_unwaited()
     finally:
         server.up()
     assert steps(server, runs_of(server, "away")["run"], "loss") == [0]
