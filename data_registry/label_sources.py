@@ -118,15 +118,17 @@ def freesurfer_names(subject: str, session: str, scan: str = "") -> tuple[str, .
 
 
 def _freesurfer(root: Path, subject: str, session: str, scan: str) -> dict[str, Path]:
-    """The maps of the first subject folder that has any."""
-    for folder in FREESURFER_FOLDERS:
+    """The maps of the first subject folder that has any, and what only a later ``SUBJECTS_DIR`` has, as FastSurfer's DKT beside FreeSurfer's."""
+    found: dict[str, Path] = {}
+    for folder in filter(os.path.isdir, (root / folder for folder in FREESURFER_FOLDERS)):
         for name in freesurfer_names(subject, session, scan):
-            mri = root / folder / name / "mri"
+            mri = folder / name / "mri"
             there = {entry.name for entry in os.scandir(mri) if entry.is_file()} if mri.is_dir() else set()
-            found = {source: next((mri / name for name in names if name in there), None) for source, names in FREESURFER_FILES.items()}
-            if found := {source: path for source, path in found.items() if path}:
-                return found
-    return {}
+            maps = {source: next((mri / name for name in names if name in there), None) for source, names in FREESURFER_FILES.items()}
+            if maps := {source: path for source, path in maps.items() if path}:
+                found = maps | found
+                break
+    return found
 
 
 def _derivative(tool: Path, subject: str, session: str, scan: str) -> Iterator[tuple[str, Path]]:

@@ -88,6 +88,12 @@ def test_fastsurfers_whole_run_is_one_map(tmp_path):
     assert find_labels(tmp_path, "01", "") == {"aparc_dkt_aseg": mri / "aparc.DKTatlas+aseg.mgz"}
 
 
+def test_fastsurfers_map_comes_beside_freesurfers(tmp_path):
+    free, fast = f"{FREESURFER}/aparc+aseg.mgz", "derivatives/fastsurfer/sub-01/mri/aparc.DKTatlas+aseg.deep.mgz"
+    touch(tmp_path, free, fast, fast.replace("aparc.DKTatlas+aseg.deep", "aparc+aseg"))
+    assert found(tmp_path, "01", "") == {"aparc_aseg": free, "aparc_dkt_aseg": fast}
+
+
 def test_fsl_anats_folders_are_the_scans_by_their_names(tmp_path):
     file = "derivatives/fsl_anat/{}.anat/T1_fast_seg.nii.gz".format
     touch(tmp_path, file("sub-01_ses-1_run-2"), file("sub-01_ses-1"), file("sub-011"), "derivatives/other/sub-01.anat/T1_fast_seg.nii.gz")
