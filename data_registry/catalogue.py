@@ -86,7 +86,8 @@ def read_database(path: Path) -> tuple[Database | None, list[str]]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         database = Database.model_validate(content)
     except yaml.YAMLError as error:
-        return None, [f"not valid YAML ({' '.join(str(error).split())})"]
+        where = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+        return None, [f"not valid YAML ({where})"]
     except UnicodeDecodeError as error:
         return None, [f"not UTF-8 text ({error.reason} at byte {error.start})"]
     except OSError as error:

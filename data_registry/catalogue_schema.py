@@ -3,12 +3,22 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_validator
 
 NAME_PATTERN = r"[A-Za-z0-9_-]+"
 
+
+
+def _plain(name: str) -> str:
+    if name != name.strip() or not name.isprintable():
+        raise ValueError("one line without blanks at its ends is wanted")
+    return name
+
+
 Text = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Strict(), Field(ge=0)]
+Name = Annotated[Text, AfterValidator(_plain)]
+"""Text that is compared: a blank more would be another place."""
+Count = Annotated[int, Strict(), Field(ge=0, le=10_000_000)]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
@@ -24,13 +34,13 @@ class _Entry(BaseModel):
 class SiteRule(_Entry):
     """How a scan of a database gets its site; exactly one of the four."""
 
-    participants: Text | None = None
+    participants: Name | None = None
     """A column of participants.tsv."""
-    sidecar: Text | None = None
+    sidecar: Name | None = None
     """A field of the T1w's JSON sidecar."""
     prefix: Text | None = None
     """A regular expression whose first group, in the subject's label, is the site."""
-    single: Text | None = None
+    single: Name | None = None
     """The only site."""
 
     @model_validator(mode="after")
@@ -98,7 +108,7 @@ class LodBrainRow(_Entry):
     """A row of LOD-Brain's published table of 78 databases, which is a database here, or some of its sites."""
 
     scans: Count
-    sites: list[Text] | None = None
+    sites: list[Name] | None = None
     """Null: the whole database."""
 
 
@@ -116,16 +126,16 @@ class _Described(_Entry):
 class Site(_Described):
     """A site as its database names it."""
 
-    place: Text
+    place: Name
     """The institution, the same name across databases."""
-    country: Text | None = None
+    country: Name | None = None
     """Null where the database has one country."""
-    folders: list[Text] = []
+    folders: list[Name] = []
     """What it is called on the route, a folder a site, where that is another name, or several."""
-    scanner: Text | None = None
+    scanner: Name | None = None
     """One machine at a place, the same name across databases; null if unknown."""
-    manufacturer: Text | None = None
-    model: Text | None = None
+    manufacturer: Name | None = None
+    model: Name | None = None
     """As DICOM's ManufacturerModelName, without the maker's "MAGNETOM"."""
     field_strength_tesla: Tesla | None = None
     voxel_mm: Annotated[list[Annotated[Number, Field(gt=0, lt=20)]], Field(min_length=3, max_length=3)] | None = None
@@ -163,8 +173,8 @@ class Database(_Described):
     """False for test data, which the catalogue's figures leave out."""
     used_by: list[Literal["LOD-Brain", "FastSurferVINN", "NeuroNet"]] = []
     """Papers whose corpus it belongs to."""
-    countries: list[Text] = []
-    licence: Text | None = None
+    countries: list[Name] = []
+    licence: Name | None = None
     access: Literal["open", "registration", "agreement"] | None = None
     route: Text | None = None
     """Where the images are got: S3 prefix, OpenNeuro number, portal."""
@@ -175,14 +185,14 @@ class Database(_Described):
     """Of the paper to cite."""
     labels: LabelSource | None = None
     defaced: Flag | None = None
-    family_column: Text | None = None
+    family_column: Name | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
     sex_codes: dict[Text, Literal["F", "M"]] = {}
     """What participants.tsv writes for F and M, where it is neither these nor words; e.g. ``{"1": M, "2": F}``."""
     same_people: tuple[SamePeople, ...] = ()
     """Other databases with scans of its people; one side need say so."""
     site_rule: SiteRule
-    sites: Annotated[dict[Text, Site], Field(min_length=1)]
+    sites: Annotated[dict[Name, Site], Field(min_length=1)]
     lod_brain: dict[Text, LodBrainRow] = {}
     """Rows of LOD-Brain's table that stand for this database or its sites, by id."""
     source: Text | None = None
@@ -234,6 +244,8 @@ def fault(error: dict) -> str:
     """One of pydantic's errors as ``field: what came; what was wanted``."""
     path = [part for part in error["loc"] if part != "[key]"]
     where = ".".join(map(str, path)) or "the file"
+    if not path and error["type"] == "value_error":  # of fields that do not fit together, which it names
+        return str(error["ctx"]["error"])
     if error["type"] == "missing":
         return f"{where}: nothing came; a value is wanted"
     if error["type"] == "extra_forbidden":

@@ -4,8 +4,11 @@ pyarrow, and the schema that is written in it, are imported where a file is writ
 """
 
 import csv
+import difflib
+import functools
 import io
 import json
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,8 +17,17 @@ from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
 from data_registry.files import replacing
 
+SHORT = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree"}
+"""As the table for a terminal has them."""
+NAMED = 40
+"""Values that an error lists."""
 _OF_THE_DATABASE = ("access", "licence", "route", "state")
-_OF_THE_SITE = ("place", "manufacturer", "model", "field_strength_tesla", "voxel_mm", "scans")
+_OF_THE_SITE = {
+    "place": ["place"], "manufacturer": ["manufacturer"], "model": ["model"], "field_strength_tesla": ["field_strength_tesla"],
+    "voxel_mm": ["voxel_mm"], "subjects": ["subjects"], "scans": ["scans"], "age_years": ["age_mean_years", "age_min_years", "age_max_years"],
+    "sexes": ["female", "male"],
+}  # fmt: skip
+"""Field → columns that have their value from it."""
 
 
 def site_rows(databases: Iterable[Database]) -> list[dict]:
@@ -31,7 +43,9 @@ def _row(database: Database, name: str) -> dict:
     known = {field: getattr(site, field) or (getattr(database, field) if alone else None) for field in ("subjects", "scans", "age_years", "sexes")}
     age, sexes = known["age_years"], known["sexes"]
     unverified = [field for field in _OF_THE_DATABASE if standing(database, None, field)[0] == "unverified"]
-    unverified += [field for field in _OF_THE_SITE if standing(database, name, field)[0] == "unverified"]
+    for field, columns in _OF_THE_SITE.items():
+        lent = field in known and not getattr(site, field)
+        unverified += columns if standing(database, None if lent and alone else name, field)[0] == "unverified" else []
     return {
         "database": database.name, "site": name, "place": site.place, "country": database.country_of(name), "scanner": site.scanner,
         "manufacturer": site.manufacturer, "model": site.model, "field_strength_tesla": site.field_strength_tesla, "voxel_mm": site.voxel_mm,
@@ -44,24 +58,38 @@ def _row(database: Database, name: str) -> dict:
 
 
 def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
-    """Rows whose columns have the wanted values, upper and lower case alike; None wants nothing.
+    """Rows whose columns have the wanted values, upper and lower case and accents alike, or as :data:`SHORT` has them; None wants nothing.
 
-    A value that no row has is an :class:`InputError` that lists those there are.
+    A value that no row has is an :class:`InputError` that lists those there are, of many the likest.
 
-    >>> rows = [{"country": "China", "access": "open"}, {"country": "Italy", "access": "open"}]
-    >>> select(rows, country="italy", access="open")
-    [{'country': 'Italy', 'access': 'open'}]
+    >>> rows = [{"country": "China", "access": "open"}, {"country": "United States", "access": "open"}]
+    >>> select(rows, country="usa", access="open")
+    [{'country': 'United States', 'access': 'open'}]
     """
     chosen = rows
     for column, value in wanted.items():
         if value is None:
             continue
         if not any(_same(row[column], value) for row in rows):
-            there = sorted({one for row in rows for one in _values(row[column])}, key=str)
             option = column.removesuffix("_tesla").replace("_", "-")
-            raise InputError(f"--{option} {value}: no site has it; one of {', '.join(map(str, there))} is wanted")
+            raise InputError(f"--{option} {value}: no site has it; {_offer([row[column] for row in rows], str(value))}")
         chosen = [row for row in chosen if _same(row[column], value)]
     return chosen
+
+
+def _offer(cells: list, value: str) -> str:
+    """What is wanted instead.
+
+    >>> _offer(["Université de Montréal", *map(str, range(50))], "montreal")
+    'one of 51 is wanted, as in Université de Montréal'
+    """
+    there = sorted({one for cell in cells for one in _values(cell)}, key=str)
+    if len(there) <= NAMED:
+        return f"one of {', '.join(map(str, there))} is wanted"
+    plain = {str(one): _plain(one) for one in there}
+    alike = [one for one, of in plain.items() if _plain(value) in of]
+    alike = alike or [one for of in difflib.get_close_matches(_plain(value), plain.values()) for one in plain if plain[one] == of]
+    return f"one of {len(there)} is wanted" + f", as in {'; '.join(alike[:NAMED])}" * bool(alike)
 
 
 def _values(cell: object) -> list:
@@ -69,7 +97,12 @@ def _values(cell: object) -> list:
 
 
 def _same(cell: object, value: str | float) -> bool:
-    return any(str(one).casefold() == str(value).casefold() for one in _values(cell))
+    return any(_plain(value) in (_plain(one), _plain(SHORT.get(one, one))) for one in _values(cell))
+
+
+@functools.cache
+def _plain(value: object) -> str:
+    return "".join(letter for letter in unicodedata.normalize("NFKD", str(value)) if not unicodedata.combining(letter)).casefold()
 
 
 def as_tsv(rows: list[dict]) -> str:

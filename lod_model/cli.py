@@ -311,4 +311,5 @@ def _writing(path: Path) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the console command."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal without é shows ?
     run_stage(app)

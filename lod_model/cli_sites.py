@@ -4,8 +4,10 @@ The catalogue is read inside the commands, so that ``lodbrain --help`` answers a
 """
 
 import json
+import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from data_registry.errors import InputError
+from data_registry.files import replacing
 
 if TYPE_CHECKING:
     from data_registry.catalogue_schema import Database
@@ -69,7 +72,8 @@ def list_sites(
         if out.exists():
             raise InputError(f"{out}: exists already; a new file is wanted (-o)")
         if form is Form.table:
-            out.write_text(_drawn(_table(rows)), encoding="utf-8")
+            with replacing(out) as aside:
+                aside.write_text(_drawn(_table(rows)), encoding="utf-8")
         else:
             catalogue_table.write(out, rows, form.value)
         print(out)
@@ -90,29 +94,37 @@ def _databases(*, everything: bool) -> list["Database"]:
     return [database for database in catalogue().values() if everything or database.corpus]
 
 
-def _table(rows: Iterable[dict]):
-    """As wide as the terminal: a narrow one gets no countries and no terms of access."""
+def _table(rows: Iterable[dict], *, folded: bool = False):
+    """As wide as the terminal: a narrow one gets no countries and no terms of access; there, if not ``folded``, models stand without their
+    makers, universities as U., and long names are cut."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
+
+    from data_registry.catalogue_table import SHORT
 
     shown = {"database": 0, "site": 0, "place": 0, "country": 110, "scanner": 0, "T": 0, "scans": 0, "age": 0, "access": 90}
-    columns = [name for name, least in shown.items() if _width() >= least]
+    columns, brief = [name for name, least in shown.items() if _width() >= least], _width() < shown["country"] and not folded
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         justify = "right" if name in ("T", "scans", "age") else "left"
-        table.add_column(name, justify=justify, no_wrap=name not in ("place", "scanner"))  # these two give way
-    short = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree", None: "-"}
+        widest = {"site": 12, "scanner": 11}.get(name) if brief else None
+        table.add_column(name, justify=justify, max_width=widest, no_wrap=name not in ("place", "scanner"))  # these two give way
+    short = SHORT | {None: "-"}
     for row in rows:
-        star = {name: "*" for name in row["unverified"]}
-        scanner = " ".join(filter(None, (row["manufacturer"], row["model"]))) or "-"
+        star = dict.fromkeys(row["unverified"], "*")
+        place = re.sub(r"University( of)?\b", "U.", row["place"]) if brief else row["place"]
+        scanner = " ".join(filter(None, (None if brief and row["model"] else row["manufacturer"], row["model"]))) or "-"
         cells = {
-            "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"), "place": row["place"],
+            "database": row["database"], "site": row["site"].removeprefix("ABIDEII-"),
+            "place": place + star.get("place", ""),
             "country": short.get(row["country"], row["country"]),
             "scanner": scanner + star.get("model", star.get("manufacturer", "")),
             "T": _number(row["field_strength_tesla"]) + star.get("field_strength_tesla", ""),
-            "scans": _number(row["scans"]), "age": _age(row), "access": short.get(row["access"], row["access"]) + star.get("access", ""),
+            "scans": _number(row["scans"]) + star.get("scans", ""), "age": _age(row) + star.get("age_mean_years", ""),
+            "access": short.get(row["access"], row["access"]) + star.get("access", ""),
         }  # fmt: skip
-        table.add_row(*(cells[name] for name in columns))
+        table.add_row(*(cells[name] if folded else Text(cells[name], no_wrap=True, overflow="ellipsis") for name in columns))
     return table
 
 
@@ -179,12 +191,19 @@ def show_database(
     lines.append(f"{'site rule':<13} {rule}: {column}")
     if database.lod_brain:
         lines.append(f"{'LOD-Brain':<13} {', '.join(f'{row} ({content.scans})' for row, content in database.lod_brain.items())}")
-    print("\n".join(lines) + "\n")
-    print(_drawn(_table(site_rows([database]))), end="")
+    print("\n".join(_folded(line, 14) for line in lines) + "\n")
+    print(_drawn(_table(site_rows([database]), folded=True)), end="")
     for document, address in database.documents.items():
         fields = ", ".join(field for field, of in database.sources.items() if of == document)
-        print(f"{document}: {address}\n    {fields}")
+        print(f"{document}: {address}\n" + _folded(f"    {fields}", 4))
     print("* no document at hand confirms it", file=sys.stderr)
+
+
+def _folded(line: str, indent: int) -> str:
+    """As wide as the terminal; whole where there is none."""
+    if not sys.stdout.isatty():
+        return line
+    return textwrap.fill(line, _width(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _said(value: object) -> str:
@@ -219,7 +238,7 @@ def check(
     wrong += [f"{name}: {what}" for name, what in findings(others + entries, whole=not own) if name in mine]
     for line in wrong:
         print(line)
-    found = "nothing is wrong" if not wrong else f"{_plural(len(wrong), 'line')} of what is"
+    found = _plural(len(wrong), "fault") if wrong else "nothing is wrong"
     print(f"{_plural(len(paths), 'file')}: {found}", file=sys.stderr)
     raise typer.Exit(1 if wrong else 0)
 
@@ -257,9 +276,9 @@ def _print_stats(figures: dict) -> None:
         if not isinstance(value, dict):
             print(f"{name.replace('_', ' ').replace('lod brain', 'LOD-Brain'):<18} {value:>7}")
     for column, counted in figures["by"].items():
-        print(f"{column.removesuffix('_tesla').replace('_', ' '):<18} {', '.join(f'{name} {number}' for name, number in counted.items())}")
+        print(_folded(f"{column.removesuffix('_tesla').replace('_', ' '):<18} {', '.join(f'{name}: {n}' for name, n in counted.items())}", 19))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("of", "field", "with a source", "unverified", "missing", "share"):
+    for name in ("of", "field", "sourced", "unverified", "missing", "share"):
         table.add_column(name, justify="left" if name in ("of", "field") else "right")
     for of, fields in figures["filled"].items():
         for field, filled in fields.items():

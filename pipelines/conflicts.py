@@ -15,8 +15,10 @@ from pipelines.reconcile_people import YEARS_OF_RANGE
 
 CONFLICTS_TSV = Path("tables/conflicts.tsv")
 CONFLICTS_HTML = Path("tables/conflicts.html")
-EXAMPLES = 6
-"""Lines of one kind and database that the page shows."""
+EXAMPLES = 12
+"""Lines of one kind and database that the page shows, those of most scans."""
+SITES_NAMED = 2
+"""Sites that a line of the page names."""
 DECIDE, MISSING, BY_RULE = "To decide", "Missing", "Changed or chosen by rule"
 KINDS = {
     "unknown site": (DECIDE, "The site is not in the catalogue, or the rule gives none. The scans are left out; name the site in the catalogue."),
@@ -33,16 +35,19 @@ KINDS = {
     "age out of range": (DECIDE, f"More than {YEARS_OF_RANGE:g} year outside what is published of the site. Kept."),
     "age unclear": (DECIDE, "A range, a bound or several ages where one number is wanted."),
     "sex unclear": (DECIDE, "Neither F, M nor a word for them. Codes are read as participants.json (Levels) or the catalogue (sex_codes) declares."),
-    "field strength unclear": (DECIDE, "Not near 1, 1.5, 3 or 7 T and no other nominal value, or not in tesla."),
+    "field strength unclear": (DECIDE, "Near no nominal value, or not in tesla. The catalogue's stands, if the site has one."),
     "unknown manufacturer": (DECIDE, "A maker that no spelling is known for."),
     "licence": (DECIDE, "dataset_description.json and the catalogue do not agree, or the catalogue names none."),
     "uneven row": (DECIDE, "Rows of participants.tsv with more or fewer cells than the header, or without a participant."),
     "unreadable file": (DECIDE, "Descriptions that cannot be read. A scan's own sidecar that cannot be read stands under quarantined."),
-    "missing table": (MISSING, "No participants.tsv."),
+    "missing table": (MISSING, "No participants.tsv, or nothing in it."),
     "missing column": (MISSING, "participants.tsv has no column that is read for it."),
     "missing row": (MISSING, "Scanned subjects that participants.tsv does not name."),
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
+    "folder without scan": (MISSING, "Folders sub-* without a T1w, of whom participants.tsv does not tell, or whose name is no subject's."),
     "missing value": (MISSING, "Nothing is written, and the catalogue knows nothing either."),
+    "same file elsewhere": (BY_RULE, "The same bytes in another database: one person to the split. Two people need two files."),
+    "label of another scan": (BY_RULE, "One label map for several T1w of a subject: the first has it, as by the next the head has moved."),
     "from the catalogue": (BY_RULE, "The sidecars say nothing that is clear; the catalogue's value of the site is taken."),
     "column taken": (BY_RULE, "A column of another name was read."),
     "rounded": (BY_RULE, "A field strength near a nominal one: 2.89 T is sold as 3 T."),
@@ -130,7 +135,7 @@ def _page(checks: list[Reconciliation], rows: list[dict]) -> str:
     for kind, (group, meaning) in KINDS.items():
         of_kind = [row for row in rows if row["kind"] == kind]
         if of_kind:
-            lines, place = _alike(of_kind), Counter()
+            lines, place = sorted(_alike(of_kind), key=lambda line: (line["database"], -line["of"])), Counter()
             for line in lines:
                 place[line["database"]] += 1
                 line["place"] = place[line["database"]]
@@ -144,10 +149,21 @@ def _page(checks: list[Reconciliation], rows: list[dict]) -> str:
 
 
 def _alike(rows: list[dict]) -> list[dict]:
-    """A line for what is the same but for the scan: how many rows, and the first."""
+    """A line for what is the same but for site, scan and person: of how many scans, and the first."""
     lines: dict[tuple, dict] = {}
     for row in rows:
-        line = lines.setdefault(tuple(row[name] for name in ("database", "site", "field", "expected", "found", "done")), row | {"times": 0, "of": 0})
-        line["times"] += 1
+        key = (*(row[name] for name in ("database", "field", "expected", "found", "done")), row["site"] if row["field"] == "site" else None)
+        line = lines.setdefault(key, row | {"of": 0, "sites": {}, "names": {}})
         line["of"] += int(row["scans"])
+        line["sites"][row["site"]] = None
+        names = row["scan"], "n/a" if row["subject"] == "n/a" else f"sub-{row['subject']}", row["file"], ""
+        line["names"][next(name for name in names if name != "n/a")] = None
+    for line in lines.values():
+        sites = [site for site in line["sites"] if site != "n/a"]
+        line["site"] = ", ".join(sites[:SITES_NAMED]) + _and_more(len(sites) - SITES_NAMED)
+        line["first"] = next(iter(line["names"])) + ("" if line["of"] else _and_more(len(line["names"]) - 1))
     return list(lines.values())
+
+
+def _and_more(number: int) -> str:
+    return f" and {number} more" if number > 0 else ""

@@ -7,8 +7,6 @@ Always runs and is cheap: hashes are cached by path, size and time, and the tabl
 hashes the raw data. A scan that cannot be used keeps its row, with the reason; what makes a whole database unusable stops the run.
 """
 
-import csv
-import json
 import logging
 import os
 import re
@@ -29,12 +27,17 @@ from data_registry.ledgers import WITHDRAWN, Withdrawn, withdrawn
 from data_registry.params import Index, load_params
 from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
-from pipelines.conflicts import write_conflicts
+from pipelines.bids_files import T1w, find_t1w
+from pipelines.conflicts import CONFLICTS_TSV, write_conflicts
+from pipelines.participants import Participants
 from pipelines.reconcile import Reconciliation
+from pipelines.reconcile_scanners import merged
 
 log = logging.getLogger("lodbrain.index")
 HASH_CACHE = Path("cache/hashes.parquet")
 SCANS_TABLE = Path("tables/scans.parquet")
+TOLD = 20
+"""Quarantined scans that are named on the terminal."""
 
 
 def main() -> None:
@@ -64,46 +67,72 @@ def index(
 
     ``labels`` holds label maps by database, ``people`` are tables of who is known.
 
-    Raises :class:`InputError` for a folder that is missing or holds no T1w, for two databases of one name, and for a declared site
-    column that a database lacks.
+    Raises :class:`InputError` for a folder that is missing, for two databases of one name, and, with all of them named and the ``checks`` of
+    the others done but for their files' bytes, for databases without a T1w or without the declared site column.
     """
     databases = find_databases(roots)
+    _tell_of_others(roots)
     checks = [] if checks is None else checks
-    rows = _not_withdrawn(databases, labels, checks)
+    rows, unusable = _not_withdrawn(databases, labels, checks)
     _tell_apart(rows)
-    _hash_files(rows, databases)
-    _judge_same_content(rows)
+    if not unusable:
+        _hash_files(rows, databases)
+        _tell_of_shared(_judge_same_content(rows), checks)
     name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
     for row in sorted(rows, key=lambda row: row["scan_id"]):
         by_database[row["database"]].append(row)
     for check in checks:
         check.finish(by_database[check.database.name])
-    for row in rows:
-        if row["reason"]:
-            log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
+    _tell_of_quarantine(rows)
+    if unusable:
+        raise InputError("; ".join(unusable))
     if not any(row["reason"] is None for row in rows):
         raise InputError(f"{', '.join(map(str, roots))}: none of the {len(rows)} scans can be used; the reasons stand above")
     return sorted(rows, key=lambda row: row["scan_id"])
 
 
-def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> list[dict]:
-    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict."""
-    gone, rows = withdrawn(), []
+def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> tuple[list[dict], list[str]]:
+    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict; and why other
+    databases cannot be used."""
+    gone, rows, unusable = withdrawn(), [], []
     left_out = [name for name in databases if gone.has(name)]
     for name, root in databases.items():
         if name not in left_out:
-            rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None, gone=gone)
+            try:
+                rows += index_database(find_database(name), root, checks, labels=labels / name if labels else None, gone=gone)
+            except InputError as error:
+                unusable.append(str(error))
+            except OSError as error:
+                checks[:] = [check for check in checks if check.database.name != name]
+                unusable.append(f"{error.filename}: {error.strerror}; a readable folder is wanted")
     scans = sum(check.withdrawn for check in checks)
     if left_out or scans:
         log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
                  f" ({', '.join(left_out)})" * bool(left_out), scans)  # fmt: skip
-    return rows
+    return rows, unusable
+
+
+def _tell_of_others(roots: list[Path]) -> None:
+    for root in roots:
+        for path in sorted(root.iterdir()) if not _is_database(root) else ():
+            if (path.is_dir() or path.is_symlink()) and not path.name.startswith(".") and not _is_database(path):
+                log.warning("%s: passed over, as it has neither dataset_description.json nor a folder sub-*", path)
+
+
+def _tell_of_quarantine(rows: list[dict]) -> None:
+    bad = [row for row in rows if row["reason"]]
+    for row in bad[:TOLD]:
+        log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
+    if len(bad) > TOLD:
+        log.warning("quarantined: %d more, each with its reason in %s", len(bad) - TOLD, CONFLICTS_TSV)
 
 
 def find_databases(roots: list[Path]) -> dict[str, Path]:
     """The databases below ``roots`` by name (their folders' names): a root is a BIDS database or a folder of them."""
     found: dict[str, Path] = {}
+    if not roots:
+        raise InputError("index.roots in params.yaml is empty; a BIDS database, or a folder of them, is wanted")
     for root in roots:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; a BIDS database, or a folder of them, is wanted (index.roots in params.yaml)")
@@ -129,37 +158,36 @@ def index_database(
 ) -> list[dict]:
     """Rows of one database, without hashes; its conflicts are added to ``checks``. ``labels``: a second root of its label maps; ``gone``: who
     was withdrawn, and is passed over."""
-    import bids2table  # 0.1 s, and its schema files: not for --help
-
-    files = [entry for entry in bids2table.index_dataset(root).to_pylist() if entry["suffix"] == "T1w" and entry["ext"] in (".nii.gz", ".nii")]
+    files, without = find_t1w(root)
     if not files:
         raise InputError(f"{root}: no T1w in it; sub-*/[ses-*/]anat/*_T1w.nii.gz is wanted")
     if not database.known:
         log.info("%s is not in the catalogue: taken as one site, named after it", database.name)
-    people = _Participants(root, database)
-    there = [entry for entry in files if not gone.has(database.name, entry["sub"])]
+    people = Participants(root, database)
+    there = [t1w for t1w in files if not gone.has(database.name, t1w.subject)]
+    without = {folder: why for folder, why in without.items() if not gone.has(database.name, folder.removeprefix("sub-"))}
     known = {subject: rows for subject, rows in people.rows.items() if not gone.has(database.name, subject)}
-    check = Reconciliation(database, root, people.header, known, withdrawn=len(files) - len(there))
+    check = Reconciliation(database, root, people.header, known, without=without, withdrawn=len(files) - len(there))
     checks.append(check)
     rows, given = [], set()
-    for entry in sorted(there, key=lambda entry: entry["path"]):
-        subject, session, name = entry["sub"], entry["ses"] or "", scan_name(entry["path"])
-        sidecar, reason = _sidecar(root / entry["path"])
-        site, site_reason = people.site(subject, sidecar)
+    for t1w in there:
+        subject, session, name = t1w.subject, t1w.session, scan_name(t1w.path)
+        sidecars, reason = check.sidecars(t1w)
+        site, site_reason = people.site(subject, merged(sidecars))
         place = database.sites.get(site)
         row = {
             "scan_id": f"{database.name}_{name}",
             "database": database.name, "site": site, "place": place.place if place else site,
             "scanner": (place.scanner if place else None) or f"{database.name}.{site}",
             "subject": subject, "session": session, "person": f"{database.name}/{subject}", "family": people.family(subject),
-            "t1w_path": entry["path"], "t1w_sha256": None, "labels": [],
-            "reason": site_reason or reason,
+            "t1w_path": t1w.path, "t1w_sha256": None, "labels": [],
+            "reason": site_reason or reason or _misplaced(t1w),
         }  # fmt: skip
-        row |= check.facts(row, sidecar)
+        row |= check.facts(row, sidecars)
         for base in (root, labels) if labels else (root,):
             for source, file in find_labels(base, subject, session, scan=name).items():
                 if file in given:  # one label map fits one T1w: by the next, in this session or another, the head has moved
-                    log.info("%s: %s belongs to an earlier T1w of the subject", row["scan_id"], file)
+                    check.given_label(row, source)
                 elif source not in {label["source"] for label in row["labels"]}:
                     given.add(file)
                     row["labels"].append({"source": source, "path": str(file.relative_to(base) if base is root else file), "sha256": None})
@@ -176,67 +204,15 @@ def scan_name(path: str) -> str:
     return Path(path).name.split(".")[0].removesuffix("_T1w")
 
 
-class _Participants:
-    """``participants.tsv`` of one database, and the site rule applied to it."""
-
-    def __init__(self, root: Path, database: Database) -> None:
-        self.database, self.path, self.rows = database, root / "participants.tsv", defaultdict(list)
-        self.header: list[str] = []
-        if self.path.is_file():
-            try:
-                with open(self.path, encoding="utf-8-sig", newline="") as handle:
-                    reader = csv.DictReader(handle, delimiter="\t")
-                    self.header = list(reader.fieldnames or [])
-                    for row in reader:
-                        self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
-            except (OSError, UnicodeError, csv.Error) as error:
-                raise InputError(f"{self.path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
-        column = database.site_rule.participants
-        if column and column not in self.header:
-            raise InputError(
-                f"{self.path}: database {database.name} takes its sites from column {column!r}, "
-                f"{'which is missing; it has ' + ', '.join(self.header) if self.header else 'but there is no such file'}"
-            )
-
-    def site(self, subject: str, sidecar: dict) -> tuple[str, str | None]:
-        """The site of a scan, and why it is quarantined if the rule gives none."""
-        rule = self.database.site_rule
-        if rule.participants:
-            values = sorted({row[rule.participants] for row in self.rows.get(subject, []) if row[rule.participants] not in (None, "", "n/a")})
-            where = f"column {rule.participants!r} of {self.path}"
-            if len(values) > 1:
-                return "unknown", f"sub-{subject} stands in two sites ({' and '.join(values)}) in {where}; one is wanted"
-        elif rule.sidecar:
-            values, where = [str(sidecar[rule.sidecar])] if sidecar.get(rule.sidecar) else [], f"field {rule.sidecar!r} of the sidecar"
-        elif rule.prefix:
-            match = re.match(rule.prefix, subject)
-            values, where = [match.group(1)] if match else [], f"the label of sub-{subject} (rule {rule.prefix!r})"
-        else:
-            values, where = [str(rule.single)], "the catalogue"
-        if not values:
-            return "unknown", f"no site for sub-{subject} in {where}; a value is wanted"
-        if values[0] not in self.database.sites:
-            return values[0], f"site {values[0]!r} from {where} is not in the catalogue; one of {', '.join(self.database.sites)} is wanted"
-        return values[0], None
-
-    def family(self, subject: str) -> str | None:
-        """What relatives share, where a first row states it, else null."""
-        row = {key.lower(): value for key, value in (self.rows.get(subject) or [{}])[0].items() if key}
-        family = (row.get((self.database.family_column or "").lower()) or "").strip()
-        return f"{self.database.name}/{family}" if family not in ("", "n/a") else None
-
-
-def _sidecar(path: Path) -> tuple[dict, str | None]:
-    """A T1w's JSON metadata, BIDS's inheritance included, and why the scan is quarantined if its own sidecar cannot be read."""
-    from bids2table import load_bids_metadata
-
-    sidecar = path.with_name(path.name.split(".")[0] + ".json")
-    try:
-        if sidecar.is_file():
-            json.loads(sidecar.read_text(encoding="utf-8"))  # bids2table passes over what it cannot read
-        return load_bids_metadata(path), None
-    except (OSError, ValueError) as error:
-        return {}, f"{sidecar}: not valid JSON ({error}); a sidecar or none is wanted"
+def _misplaced(t1w: T1w) -> str | None:
+    """Why a T1w is quarantined whose name and folders tell of two subjects or sessions."""
+    folders = t1w.path.split("/")[:-1]
+    told = {"sub": t1w.subject, "ses": t1w.session}
+    for folder in folders:
+        entity, _, value = folder.partition("-")
+        if told.get(entity, "") not in ("", value):
+            return f"{t1w.path}: its name says {entity}-{told[entity]}, its folder {folder}; one of the two is wanted"
+    return None
 
 
 def _tell_apart(rows: list[dict]) -> None:
@@ -270,25 +246,30 @@ def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
         except OSError as error:
             return None, f"{databases[row['database']] / path}: {error.strerror}; a readable file is wanted"
 
-    cache = {}
-    with ThreadPoolExecutor(8) as pool:
-        results = track(pool.map(one, wanted), "index: hashing", total=len(wanted), console=Console(stderr=True), transient=True)
-        for (row, target, kind, _), (key, value) in zip(wanted, results, strict=True):
-            if key is None:
-                row["reason"] = row["reason"] or value
-                continue
-            target["t1w_sha256" if kind else "sha256"] = cache[key] = value
-    table = pa.Table.from_pylist([{"path": p, "bytes": b, "mtime_ns": t, "sha256": h} for (p, b, t), h in sorted(cache.items())])
-    with replacing(HASH_CACHE) as aside:
-        pq.write_table(table, aside)
+    cache, kept = {}, known
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            results = track(pool.map(one, wanted), "index: hashing", total=len(wanted), console=Console(stderr=True), transient=True)
+            for (row, target, kind, _), (key, value) in zip(wanted, results, strict=True):
+                if key is None:
+                    row["reason"] = row["reason"] or value
+                    continue
+                target["t1w_sha256" if kind else "sha256"] = cache[key] = value
+        kept = {}
+    finally:  # stopped midway, what was read is not read again
+        table = pa.Table.from_pylist([{"path": p, "bytes": b, "mtime_ns": t, "sha256": h} for (p, b, t), h in sorted((kept | cache).items())])
+        with replacing(HASH_CACHE) as aside:
+            pq.write_table(table, aside)
 
 
-def _judge_same_content(rows: list[dict]) -> None:
-    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person."""
+def _judge_same_content(rows: list[dict]) -> list[list[dict]]:
+    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person. Returned
+    are the latter, file by file."""
     by_content = defaultdict(list)
     for row in rows:
         if row["t1w_sha256"]:
             by_content[row["t1w_sha256"]].append(row)
+    shared = []
     for same in by_content.values():
         if len(same) < 2:
             continue
@@ -298,8 +279,18 @@ def _judge_same_content(rows: list[dict]) -> None:
                 others = ", ".join([other["scan_id"] for other in same[:4] if other is not row][:3]) + (" …" if len(same) > 4 else "")
                 row["reason"] = row["reason"] or f"{row['t1w_path']}: the same bytes as {others}; one file for one scan is wanted"
         if len(count) > 1:
-            log.warning("%s: one file in %d databases, taken as one person", ", ".join(row["scan_id"] for row in same), len(count))
-            merge_people(rows, [{row["person"] for row in same}])
+            shared.append(same)
+    merge_people(rows, [{row["person"] for row in same} for same in shared])
+    return shared
+
+
+def _tell_of_shared(shared: list[list[dict]], checks: list[Reconciliation]) -> None:
+    of = {check.database.name: check for check in checks}
+    for same in shared:
+        for row in same:
+            of[row["database"]].same_file(row, [other["scan_id"] for other in same if other["database"] != row["database"]])
+    if shared:
+        log.warning("%d files lie in more than one database, and each is taken for one person's", len(shared))
 
 
 if __name__ == "__main__":

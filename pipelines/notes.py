@@ -1,9 +1,9 @@
 """The conflicts of one database as they are found: rows of :data:`data_registry.schema.CONFLICTS`."""
 
-import json
 from pathlib import Path
 
 from data_registry.catalogue import Database
+from pipelines.bids_files import read_object
 
 
 class Notes:
@@ -11,6 +11,7 @@ class Notes:
 
     def __init__(self, database: Database, root: Path) -> None:
         self.database, self.root, self.rows = database, root, []
+        self._read: dict[str, dict] = {}
         self._together: dict[tuple, dict] = {}
 
     def add(self, kind: str, field: str, *, done: str, together: bool = False, **about: object) -> None:
@@ -25,11 +26,12 @@ class Notes:
         self.rows.append(row)
 
     def json(self, name: str) -> dict:
-        """A description at the database's root; empty if there is none, or, with a conflict, if it cannot be read."""
-        path = self.root / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-        except (OSError, ValueError) as error:
-            self.add("unreadable file", name, expected="JSON", found=error, done="passed over", file=name)
-            return {}
-        return content if isinstance(content, dict) else {}
+        """A description, by its path below the database's root; empty if there is none, or, with a conflict, if it cannot be read."""
+        if name not in self._read:
+            self._read[name] = {}
+            try:
+                if (self.root / name).is_file():
+                    self._read[name] = read_object(self.root / name)
+            except (OSError, ValueError) as error:
+                self.add("unreadable file", name, expected="JSON", found=error, done="passed over", file=name)
+        return self._read[name]

@@ -4,11 +4,13 @@ The index asks :class:`Reconciliation` for each scan's age, sex, maker, model an
 written leaves a conflict. Nothing is guessed: an unclear value is null.
 """
 
+import os
 from collections import Counter
 from pathlib import Path
 
 from data_registry.catalogue import Database
 from data_registry.readings import canonical_licence, is_empty
+from pipelines.bids_files import T1w, read_object
 from pipelines.notes import Notes
 from pipelines.reconcile_people import People
 from pipelines.reconcile_scanners import Scanners
@@ -20,9 +22,13 @@ SHARE_OF_COUNT = 0.02
 class Reconciliation:
     """What one database's files say, scan by scan; after :meth:`finish` all of ``conflicts`` and ``rows`` are there."""
 
-    def __init__(self, database: Database, root: Path, header: list[str], participants: dict[str, list[dict]], *, withdrawn: int = 0) -> None:
-        """``header`` and ``participants``, rows by subject, are those of participants.tsv, empty without one; so many scans are withdrawn."""
-        self.database, self.participants, self.withdrawn = database, participants, withdrawn
+    def __init__(
+        self, database: Database, root: Path, header: list[str], participants: dict[str, list[dict]], *,
+        without: dict[str, str] | None = None, withdrawn: int = 0,
+    ) -> None:  # fmt: skip
+        """``header`` and ``participants``, rows by subject, are those of participants.tsv, empty without one; ``without`` are the folders
+        ``sub-*`` that give no scan, with the reason; so many scans are ``withdrawn``."""
+        self.database, self.participants, self.without, self.withdrawn = database, participants, without or {}, withdrawn
         self.rows: list[dict] | None = None
         self._notes = Notes(database, root)
         if not database.known:
@@ -34,26 +40,53 @@ class Reconciliation:
     def conflicts(self) -> list[dict]:
         return self._notes.rows
 
-    def facts(self, row: dict, sidecar: dict) -> dict:
-        """Age, sex, maker, model and field strength of a scan, from its ``row`` of the scans table as far as it is filled in."""
-        return self._people.facts(row) | self._scanners.facts(row, sidecar)
+    def sidecars(self, t1w: T1w) -> tuple[dict[str, dict], str | None]:
+        """What the sidecars of a scan say, by file, and why it is quarantined if its own cannot be read. One that it inherits and that cannot
+        be read is a conflict."""
+        own, told = t1w.path.split(".nii")[0] + ".json", {}
+        for name in t1w.sidecars:
+            try:
+                told[name] = read_object(self._notes.root / name) if name == own else self._notes.json(name)
+            except (OSError, ValueError) as error:
+                return {}, f"{self._notes.root / name}: not valid JSON ({error}); a sidecar or none is wanted"
+        return told, None
+
+    def facts(self, row: dict, sidecars: dict[str, dict]) -> dict:
+        """Age, sex, maker, model and field strength of a scan, from its ``row`` of the scans table as far as it is filled in, and what its
+        sidecars say."""
+        return self._people.facts(row) | self._scanners.facts(row, sidecars)
+
+    def given_label(self, row: dict, source: str) -> None:
+        """A label map that ``row``, of the scans table, does not get, as an earlier T1w of the subject has it."""
+        self._notes.add("label of another scan", "labels", found=source, done="an earlier T1w of the subject has it alone", together=True,
+                        **_of_scan(row))  # fmt: skip
+
+    def same_file(self, row: dict, others: list[str]) -> None:
+        """Scans of other databases, by ``scan_id``, that are the same bytes."""
+        self._notes.add("same file elsewhere", "person", found=", ".join(others), done="one person in all of them", **_of_scan(row))
 
     def finish(self, rows: list[dict]) -> None:
         """Compare what the whole database came to, its ``rows`` of the scans table, with the catalogue."""
-        self.rows = rows
+        self.rows, root = rows, self._notes.root
         for row in rows:
-            about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}
+            about = _of_scan(row)
             if row["site"] not in self.database.sites:
                 done = f"quarantined: {row['reason']}"
                 self._notes.add("unknown site", "site", expected="a site of the catalogue", found=row["site"], done=done, **about)
             elif row["reason"]:
-                self._notes.add("quarantined", "t1w", found=row["reason"], done="left out of every later stage", **about)
+                file, _, why = row["reason"].removeprefix(f"{root}/").partition(": ")
+                told = {"file": file, "found": why} if why and os.path.lexists(root / file) else {"found": row["reason"]}
+                self._notes.add("quarantined", "t1w", done="left out of every later stage", **about | told)
         self._scanners.finish()
         self._count(rows)
         self._check_licence()
         for subject in sorted(set(self.participants) - {row["subject"] for row in rows} - {""}):
             about = {"subject": subject, "file": "participants.tsv"}
             self._notes.add("row without scan", "subject", expected="a T1w", found="none", done="no row in the scans table", **about)
+        for folder, why in self.without.items():
+            if folder.removeprefix("sub-") not in self.participants:
+                self._notes.add("folder without scan", "subject", expected="a T1w below sub-<letters and digits>", found=why,
+                                done="no row in the scans table", file=folder)  # fmt: skip
 
     def _count(self, rows: list[dict]) -> None:
         scans = Counter(row["site"] for row in rows)
@@ -90,3 +123,7 @@ class Reconciliation:
         if self.database.known and licence != canonical_licence(known):
             done = "the catalogue's stands" if known else "listed here alone; the catalogue names none"
             self._notes.add("licence", found=licence, done=done, **about)
+
+
+def _of_scan(row: dict) -> dict:
+    return {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": row["t1w_path"]}

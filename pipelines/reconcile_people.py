@@ -25,7 +25,8 @@ class People:
             self._check_columns()
             self._check_rows()
         else:
-            notes.add("missing table", "participants.tsv", expected="a row a subject", found="no table", done="ages and sexes are null")
+            found = "nothing in it" if (notes.root / "participants.tsv").exists() else "no table"
+            notes.add("missing table", "participants.tsv", expected="a row a subject", found=found, done="ages and sexes are null")
 
     def facts(self, row: dict) -> dict:
         """``age_years`` and ``sex`` of a scan's subject at its session; null where the table does not state them plainly."""
@@ -46,7 +47,7 @@ class People:
             if not columns:
                 alike = [column for column in self.header if re.search(hint, column, re.IGNORECASE)]
                 found = f"only {', '.join(alike)}" if alike else ", ".join(self.header)
-                done = "null, but where a column names the session" if field == "age_years" else "null"
+                done = "null, but for sessions with a column as age_ses-1" if field == "age_years" else "null"
                 self.notes.add("missing column", field, expected=" or ".join(names), found=found, done=done, **about)
             elif columns[0].strip().casefold() not in ("age", "sex", "gender"):
                 self.notes.add("column taken", field, expected=names[0], found=columns[0], done="read", **about)

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Mapping
 
 from data_registry.catalogue import MANUFACTURERS, Site, canonical_manufacturer
 from data_registry.readings import Reading, is_empty, read_field_strength
@@ -11,6 +11,17 @@ from pipelines.notes import Notes
 MM = 0.05
 """Voxel edges may differ by so much."""
 KEYS = {"manufacturer": "Manufacturer", "model": "ManufacturersModelName", "field_strength_tesla": "MagneticFieldStrength"}
+PARTING = ("InstitutionName", "DeviceSerialNumber")
+"""Fields of a sidecar that have one value where there is one institution with one machine."""
+
+
+def merged(sidecars: Mapping[str, dict]) -> dict:
+    """What sidecars say together; the later goes first.
+
+    >>> merged({"T1w.json": {"Manufacturer": "GE", "EchoTime": 3}, "sub-01/anat/sub-01_T1w.json": {"Manufacturer": "Philips"}})
+    {'Manufacturer': 'Philips', 'EchoTime': 3}
+    """
+    return {key: value for content in sidecars.values() for key, value in content.items()}
 
 
 class Scanners:
@@ -18,28 +29,26 @@ class Scanners:
 
     def __init__(self, notes: Notes) -> None:
         self.notes, self.database = notes, notes.database
-        self._inherited = {path.name: notes.json(path.name) for path in sorted(notes.root.glob("*T1w.json"))}
         self._seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         """Site and field → value → scans."""
 
-    def facts(self, row: dict, sidecar: dict) -> dict:
-        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan."""
-        site = self.database.sites.get(row["site"])
-        own = row["t1w_path"].split(".nii")[0] + ".json"
-        file = own if (self.notes.root / own).is_file() else row["t1w_path"]
-        about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": file}
+    def facts(self, row: dict, sidecars: dict[str, dict]) -> dict:
+        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; what the nearest of its ``sidecars``, the last, says goes first."""
+        site, sidecar = self.database.sites.get(row["site"]), merged(sidecars)
+        about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": next(reversed(sidecars), row["t1w_path"])}
         values = {}
         for field, key in KEYS.items():
             written, expected = sidecar.get(key), getattr(site, field, None)
             reading = _read(field, written, expected)
             if reading.kind:
                 self.notes.add(reading.kind, field, found=written, done=reading.done, together=True, **about)
-            self._check_inherited(field, written, about)
+            self._check_inherited(field, written, sidecars, about)
             values[field] = self._prefer(field, reading.value, expected, written, about)
             if reading.value is not None:
                 self._seen[row["site"], field][f"{reading.value:g}" if isinstance(reading.value, float) else reading.value].append(row["scan_id"])
-        if not is_empty(sidecar.get("InstitutionName")):
-            self._seen[row["site"], "InstitutionName"][" ".join(str(sidecar["InstitutionName"]).split())].append(row["scan_id"])
+        for key in PARTING:
+            if not is_empty(sidecar.get(key)):
+                self._seen[row["site"], key][" ".join(str(sidecar[key]).split())].append(row["scan_id"])
         self._check_voxel(sidecar, site, about)
         return values
 
@@ -52,11 +61,11 @@ class Scanners:
             self.notes.add("sidecar against catalogue", field, expected=expected, found=told, done="the sidecar's is taken", **about)
         return told
 
-    def _check_inherited(self, field: str, written: object, about: dict) -> None:
-        """A sidecar at the root that says otherwise of a scan than what lies nearer; by BIDS's inheritance the nearer goes first."""
-        for name, content in self._inherited.items():
+    def _check_inherited(self, field: str, written: object, sidecars: dict[str, dict], about: dict) -> None:
+        """A sidecar that says otherwise of a scan than one that lies nearer; by BIDS's inheritance the nearer goes first."""
+        for name, content in sidecars.items():
             value = content.get(KEYS[field])
-            if value not in (None, written) and set(Path(name).stem.split("_")) <= set(Path(about["file"]).name.split(".")[0].split("_")):
+            if value not in (None, written):
                 done = "the nearer sidecar's is read"
                 self.notes.add("contradicting sidecars", field, expected=f"{value} in {name}", found=written, done=done, **about)
 
@@ -73,9 +82,10 @@ class Scanners:
         """Say where the scans of one site are not of one scanner or one institution."""
         for (site, field), values in sorted(self._seen.items()):
             kind, done = "contradicting sidecars", "each scan keeps its own"
-            if field == "InstitutionName":
+            if field in PARTING:
                 values = _spelled_alike(values)
-                kind, done = "mixed sites", f"all stay site {site}; site_rule: {{sidecar: InstitutionName}} would part them"
+                way = f"; site_rule: {{sidecar: {field}}} would part them" if self.database.site_rule.single else ", as the site rule says"
+                kind, done = "mixed sites", f"all stay site {site}{way}"
             if len(values) > 1:
                 most = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
                 found = ", ".join(f"{value} ({len(scans)})" for value, scans in most[:12]) + (" …" if len(most) > 12 else "")

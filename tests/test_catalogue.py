@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_registry.catalogue import catalogue, find_database, load_database, read_database
+from data_registry.catalogue import canonical_manufacturer, catalogue, find_database, load_database, read_database
 from data_registry.catalogue_check import findings, lod_brain_table
 from data_registry.catalogue_schema import Ages, Database, LabelSource, LodBrainRow, Redistribution, Sexes, Site, SiteRule
 from data_registry.catalogue_sources import MUST_BE_SOURCED, standing, value_of
@@ -85,8 +85,25 @@ def test_the_table_is_the_published_one(test_data):
         sites = database.lod_brain[row["id"]].sites or list(database.sites)
         if row["country"]:
             assert {database.country_of(site) for site in sites} == {row["country"]}, row["id"]
-        if len(sites) == 1 and re.fullmatch(r"[\d.]+T", row["field_strength"]):
-            assert database.sites[sites[0]].field_strength_tesla == float(row["field_strength"][:-1]), row["id"]
+        scanners = [database.sites[site] for site in sites]
+        if row["field_strength"]:
+            published = {float(tesla[:-1]) for tesla in row["field_strength"].split(",")} | ({None} if len(sites) > 1 else set())
+            assert {site.field_strength_tesla for site in scanners} <= published, row["id"]
+        if row["manufacturer"]:
+            makers = {canonical_manufacturer(maker) for maker in row["manufacturer"].split(",")}
+            assert {site.manufacturer for site in scanners} <= makers | {None}, row["id"]
+        if len(sites) == 1:
+            assert_the_same_people(database, sites[0], row)
+
+
+def assert_the_same_people(database, site, row):
+    """Ages and sexes of a site, as far as they were read in LOD-Brain's table."""
+    age, sexes = (value_of(database, site, field) for field in ("age_years", "sexes"))
+    read = [bool(re.search("LOD-Brain", standing(database, site, field)[1] or "")) for field in ("age_years", "sexes")]
+    if age and read[0] and (published := re.match(r"([\d.]+) \+/-", row["age_mean_sd"])):
+        assert age.mean == float(published[1]), row["id"]
+    if sexes and read[1] and (published := re.fullmatch(r"F:(\d+)/M:(\d+)", row["sex"])):
+        assert (int(published[1]), int(published[2])) == (sexes.F, sexes.M), row["id"]
 
 
 def test_the_twelve_of_vinn_and_uk_biobank():
@@ -173,6 +190,15 @@ def test_the_exact_goes_before_the_star():
     assert standing(database, "A", "model") == ("sourced", "https://example.org/d")
     assert standing(database, None, "licence")[0] == standing(database, None, "route")[0] == "unverified"
     assert standing(database.model_copy(update={"redistribute": Redistribution()}), None, "redistribute") == ("missing", None)
+
+
+def test_columns_that_no_document_confirms_are_named():
+    unverified = ["sites.*.place", "sites.*.scans", "sites.*.age_years", "sexes"]
+    (row,) = site_rows([Database.model_validate(WHOLE | {"unverified": unverified})])
+    assert row["unverified"] == ["place", "scans", "age_mean_years", "age_min_years", "age_max_years"]
+    alone = {"A": {key: value for key, value in WHOLE["sites"]["A"].items() if key != "sexes"}}  # the database lends it its own
+    (row,) = site_rows([Database.model_validate(WHOLE | {"unverified": unverified, "sites": alone})])
+    assert row["unverified"][-2:] == ["female", "male"] and row["female"] == 1
 
 
 def test_a_value_without_a_source_is_refused_and_with_the_mark_counts_as_missing(tmp_path):
@@ -295,11 +321,18 @@ def test_a_field_that_nobody_knows(tmp_path, path, known):
         ({"sites": {}, "lod_brain": {}}, "sites: {} came"),
         ({"used_by": ["nnU-Net"]}, "used_by.0: 'nnU-Net' came"),
         ({"countries": ["Italy", "Malta", 3]}, "countries.2: 3 came"),
+        ({"countries": ["Italy", "Malta", "Malta "]}, "countries.2: 'Malta ' came; one line without blanks at its ends is wanted"),
+        ({"sites": {"A": {"place": "New\nYork"}}}, r"sites.A.place: 'New\\nYork' came; one line without blanks at its ends is wanted"),
+        ({"sites": {"A ": {"place": "P"}}}, "sites.A : 'A ' came; one line without blanks at its ends is wanted"),
+        ({"scans": 10**12}, "scans: 1000000000000 came; less than or equal to 10000000 is wanted"),
         ({"defaced": "yes"}, "defaced: 'yes' came; a valid boolean is wanted"),
         ({"redistribute": {"images": 1}}, "redistribute.images: 1 came; a valid boolean is wanted"),
-        ({"sites": {"A": WHOLE["sites"]["A"] | {"country": "Malte"}}}, "sites.A.country is 'Malte'; one of the countries Italy, Malta is wanted"),
+        (
+            {"sites": {"A": WHOLE["sites"]["A"] | {"country": "Malte"}}},
+            "own.yaml: sites.A.country is 'Malte'; one of the countries Italy, Malta is wanted",
+        ),
         ({"sites": {"A": None}}, "sites.A: None came; fields and their values are wanted"),
-        ({"site_rule": {"single": "B"}}, "site_rule.single 'B' is no site; one of A is wanted"),
+        ({"site_rule": {"single": "B"}}, "own.yaml: site_rule.single 'B' is no site; one of A is wanted"),
         ({"site_rule": {"prefix": "("}}, "site_rule: .* a regular expression in prefix is wanted"),
         ({"site_rule": {"prefix": "A"}}, "with a group, the site, in prefix is wanted"),
         ({"labels": {"source": "s", "route": "s3://b/x"}}, "labels: .* came; route and subject are wanted both, or neither"),
@@ -317,7 +350,7 @@ def test_values_that_cannot_be(tmp_path, change, line):
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("name: a\nsites:\n  A: {place: P}\n  A: {place: Q}\n", "'A' stands twice; it is wanted once"),
+        ("name: a\nsites:\n  A: {place: P}\n  A: {place: Q}\n", "'A' stands twice; it is wanted once at line 4, column 3"),
         ("name: a\nsites:\n  1: {place: P}\n", "the name 1 is no text; quotes around it are wanted"),
         ("name: [", "not valid YAML"),
         ("", "the file: None came; fields and their values are wanted"),

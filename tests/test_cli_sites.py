@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 from data_registry import schema
 from data_registry.catalogue import catalogue, catalogue_files
 from data_registry.errors import InputError
+from lod_model import cli_sites
 from lod_model.cli import app
 
 
@@ -39,6 +41,41 @@ def test_a_table_with_options():
     assert lines[0].rstrip().endswith("register") and "Germany" not in text
     unverified = [line for line in output("list", "--database", "iadni").splitlines() if "Italian ADNI" in line]
     assert len(unverified) == 1 and unverified[0].rstrip().endswith("agree*")
+
+
+def test_a_star_marks_what_no_document_confirms(monkeypatch):
+    row = json.loads(output("list", "--database", "bgsp", "--format", "json"))[0]
+    monkeypatch.setattr(cli_sites, "_width", lambda: 200)
+    (line,) = [line for line in cli_sites._drawn(cli_sites._table([row | {"unverified": ["place", "scans"]}])).splitlines() if "GSP" in line]
+    assert f"{row['place']}* " in line and f" {row['scans']}* " in line and line.count("*") == 2
+
+
+def test_words_of_the_table_and_accents_are_found_too():
+    for words in (("--country", "usa"), ("--country", "UK"), ("--access", "register"), ("--place", "universite de montreal")):
+        assert json.loads(output("list", *words, "--format", "json"))
+    assert refused("list", "--place", "montreal").endswith(" is wanted, as in Montreal Neurological Institute; Université de Montréal")
+
+
+def test_narrow_terminals_and_those_without_letters(tmp_path):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    code = "import sys; sys.argv = ['lodbrain', 'sites', 'list', '--country', 'Canada']; from lod_model.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert b"Universit? de Montr?al" in done.stdout
+    assert output("list", "--country", "Canada", "-o", tmp_path / "new" / "sites.txt").strip() == str(tmp_path / "new" / "sites.txt")
+    assert "Université de Montréal" in (tmp_path / "new" / "sites.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", [("show", "corr"), ("stats",), ("list",)], ids=str)
+def test_no_line_is_wider_than_the_terminal(monkeypatch, capsys, words):
+    monkeypatch.setattr(cli_sites, "_width", lambda: 80)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True, raising=False)
+    app(["sites", *words], standalone_mode=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "://" not in line]
+    assert len(lines) > 20 and max(map(len, lines)) <= 80
+    if words == ("list",):  # a line each, whatever the terminal
+        assert len(lines) == 4 + sum(len(database.sites) for database in catalogue().values() if database.corpus)
+    else:
+        assert not any("…" in line for line in lines)
 
 
 def test_tsv_json_and_parquet_say_the_same(tmp_path):
@@ -68,6 +105,7 @@ def test_all_sites_of_the_corpus_are_listed_and_test_data_only_when_asked_for():
     ("words", "line"),
     [
         (("list", "--country", "Atlantis"), "--country Atlantis: no site has it; one of Australia"),
+        (("list", "--place", "montreal"), "--place montreal: no site has it; one of "),
         (("list", "--access", "public"), "--access public: no site has it; one of agreement, open, registration is wanted"),
         (("list", "--field-strength", "7", "--manufacturer", "GE"), "no site has all of these"),
         (("list", "--format", "parquet"), "--format parquet: is no text; a file is wanted (-o)"),

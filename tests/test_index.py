@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,8 +71,8 @@ def test_two_sites_for_one_subject(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ("participant_id\tsite\nsub-01\tA\n", "no site for sub-02 in column 'site'"),
-        ("participant_id\tsite\nsub-01\tA\nsub-02\tn/a\n", "no site for sub-02"),
+        ("participant_id\tsite\nsub-01\tA\n", "no site in column 'site' of .*participants.tsv; a value is wanted"),
+        ("participant_id\tsite\nsub-01\tA\nsub-02\tn/a\n", "no site in column 'site'"),
         ("participant_id\tsite\nsub-01\tA\nsub-02\tZ\n", "site 'Z' .* is not in the catalogue; one of A, B is wanted"),
     ],
 )
@@ -88,13 +90,87 @@ def test_other_rules(tmp_path, monkeypatch):
     assert index_with(monkeypatch, catalogued(site_rule=SiteRule(sidecar="Manufacturer"), sites=sites), root)[0]["place"] == "Q"
 
 
-def test_a_declared_column_that_is_not_there_stops(tmp_path, monkeypatch):
-    root = make_database(tmp_path / "db", participants="participant_id\tage\nsub-01\t3\n")
-    with pytest.raises(InputError, match="takes its sites from column 'site', which is missing; it has participant_id, age"):
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("participant_id\tage\nsub-01\t3\n", "column 'site' is wanted once, it has participant_id, age$"),
+        ("SUB_ID\tsite\n01\tA\n02\tA\n", "column 'participant_id' is wanted once, it has SUB_ID, site$"),
+        ("participant_id\tsite\tsite\nsub-01\tA\tB\n", r"column 'site' is wanted once, it has participant_id, site, site \(2\)$"),
+        ("\n", "there is no such file, or nothing in it$"),
+        ("", "there is no such file, or nothing in it$"),
+    ],
+)
+def test_a_declared_column_that_is_not_there_or_stands_twice_stops(tmp_path, monkeypatch, table, words):
+    root = make_database(tmp_path / "db", participants=table)
+    with pytest.raises(InputError, match=f"participants.tsv: database db takes its sites from column 'site'; .*{words}"):
         index_with(monkeypatch, catalogued(), root)
-    (root / "participants.tsv").unlink()
-    with pytest.raises(InputError, match="there is no such file"):
-        index_with(monkeypatch, catalogued(), root)
+
+
+def test_all_databases_that_cannot_be_used_are_named_at_once_and_the_others_are_still_read(tmp_path, monkeypatch):
+    for name in ("good", "poor"):
+        make_database(tmp_path / "data" / name, subjects=("01",))
+    (tmp_path / "data/void/sub-01/func").mkdir(parents=True)
+    (tmp_path / "data/poor/participants.tsv").write_text("participant_id\nsub-01\n")
+    entries = {"poor": catalogued("poor")}
+    monkeypatch.setattr(stage, "find_database", lambda name: entries.get(name) or unknown_database(name))
+    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail("bytes are read although the run stops"))
+    (tmp_path / "params.yaml").write_text("index: {roots: [data]}\n")
+    with pytest.raises(InputError, match="poor/participants.tsv: .*; .*void: no T1w in it"):
+        stage.main()
+    assert "unknown database\tgood\t" in (tmp_path / "tables/conflicts.tsv").read_text() and not (tmp_path / "tables/scans.parquet").exists()
+
+
+def test_a_folder_that_cannot_be_read_stops_without_a_traceback(tmp_path, monkeypatch):
+    for name in ("closed", "open"):
+        make_database(tmp_path / "data" / name, subjects=("01",), participants="")
+
+    def find_labels(base, *_, **__):
+        if base.name == "closed":
+            raise PermissionError(13, "Permission denied", str(base / "derivatives"))
+        return {}
+
+    monkeypatch.setattr(stage, "find_labels", find_labels)
+    checks = []
+    with pytest.raises(InputError, match="closed/derivatives: Permission denied; a readable folder is wanted$"):
+        stage.index([tmp_path / "data"], checks=checks)
+    assert [(check.database.name, len(check.rows)) for check in checks] == [("open", 1)]
+
+
+def test_folders_beside_databases_are_named(tmp_path, caplog):
+    make_database(tmp_path / "data" / "db", participants="")
+    (tmp_path / "data/abide1/NYU/sub-01/anat").mkdir(parents=True)
+    (tmp_path / "data/gone").symlink_to("unmounted")
+    (tmp_path / "data/.git").mkdir()
+    stage.index([tmp_path / "data"])
+    assert [Path(record.args[0]).name for record in caplog.records if "passed over" in record.msg] == ["abide1", "gone"]
+
+
+def test_many_unusable_scans_are_counted(tmp_path, monkeypatch, caplog):
+    root = make_database(tmp_path / "db", subjects=("01", "02", "03", "04"), participants="")
+    for subject in ("01", "02", "03"):
+        (root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz").write_bytes(b"")
+    monkeypatch.setattr(stage, "TOLD", 2)
+    stage.index([root])
+    lines = [record.getMessage() for record in caplog.records if "quarantined" in record.msg]
+    assert len(lines) == 3 and lines[-1] == "quarantined: 1 more, each with its reason in tables/conflicts.tsv"
+
+
+def test_a_stopped_run_keeps_the_hashes_it_has(tmp_path, monkeypatch):
+    root = make_database(tmp_path / "db", participants="")
+    read, whole = [], stage.sha256
+
+    def stopped(path):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(path)
+        return whole(path)
+
+    monkeypatch.setattr(stage, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(stage, "sha256", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        stage.index([root])
+    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail("read again") if path in read else whole(path))
+    assert all(row["t1w_sha256"] for row in stage.index([root]))
 
 
 def test_two_subjects_with_one_file(tmp_path, monkeypatch):
@@ -186,6 +262,8 @@ def test_families_from_the_declared_column(tmp_path, monkeypatch):
 
 
 def test_folders_that_are_not_there_or_hold_nothing(tmp_path):
+    with pytest.raises(InputError, match="index.roots in params.yaml is empty"):
+        stage.index([])
     with pytest.raises(InputError, match="no such folder"):
         stage.index([tmp_path / "none"])
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,41 @@ def test_people(tmp_path, reconcile):
     assert known == {"01": (None, "F"), "02": (None, None), "03": (70, "F"), "04": (None, None), "05": (None, "M"), "06": (30, "M")}
 
 
+def test_a_column_that_stands_twice_says_nothing_where_the_two_differ(tmp_path, reconcile):
+    rows, found = reconcile(make(tmp_path / "pilot", {"01": None, "02": None}, "participant_id\tage\tage\nsub-01\t30\t40\nsub-02\t31\t31\n"))
+    assert (rows["01"]["age_years"], rows["02"]["age_years"]) == (None, 31)
+    assert kinds(found, subject="01", kind="contradicting rows") == {"contradicting rows: age_years": "age 30, age (2) 40"}
+
+
+def test_quarantined_scans_name_the_file_and_share_a_line_of_the_page(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01": None, "02": None, "03": {}, "04": None})
+    for subject in ("01", "02"):
+        (root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz").write_bytes(b"")
+    (root / "sub-03/anat/sub-03_T1w.json").write_text("{")
+    _, found = reconcile(root)
+    bad = {row["file"]: row["found"] for row in found if row["kind"] == "quarantined"}
+    assert list(bad) == ["sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "sub-03/anat/sub-03_T1w.json"]
+    assert set(bad.values()) == {"an empty file; a volume is wanted", bad["sub-03/anat/sub-03_T1w.json"]}
+    assert "not valid JSON" in bad["sub-03/anat/sub-03_T1w.json"]
+    assert conflicts.CONFLICTS_HTML.read_text().count("an empty file; a volume is wanted") == 1
+
+
+def test_files_and_label_maps_that_two_scans_share_are_said(tmp_path):
+    for name in ("one", "two"):
+        root = make(tmp_path / "data" / name, {"01/1": None, "01/2": None, "02": None})
+        (root / "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz").write_bytes(b"the same")
+        (root / "derivatives/freesurfer/sub-01/mri").mkdir(parents=True)
+        (root / "derivatives/freesurfer/sub-01/mri/aseg.mgz").write_text(name)
+    checks: list = []
+    rows = stage.index([tmp_path / "data"], checks=checks)
+    assert {row["person"] for row in rows if row["subject"] == "01"} == {"one/01"}
+    found = conflicts.conflict_rows(checks)
+    same = {(row["scan"], row["found"]) for row in found if row["kind"] == "same file elsewhere"}
+    assert same == {("one_sub-01_ses-1", "two_sub-01_ses-1"), ("two_sub-01_ses-1", "one_sub-01_ses-1")}
+    labels = {(row["scan"], row["found"], row["scans"]) for row in found if row["kind"] == "label of another scan"}
+    assert labels == {("one_sub-01_ses-2", "aseg", "1"), ("two_sub-01_ses-2", "aseg", "1")}
+
+
 def test_declared_units_codes_and_columns_of_a_session(tmp_path, reconcile):
     table = "participant_id\tGender\t age (months)\tage_ses-2\nsub-01\t1\t24\t36\nsub-02\t2\t30\tn/a\nsub-03\t3\t12\tn/a\n"
     described = {"Gender": {"Levels": {"1": "Male", "2": "female"}}, "age (months)": {"Units": "months"}, "age_ses-2": {"Units": "Months"}}
@@ -194,12 +230,47 @@ def test_a_sidecar_against_the_one_it_inherits(tmp_path, reconcile):
     assert [(row["expected"], row["found"]) for row in near] == [("3 in T1w.json", "1.5")]
 
 
+def test_sidecars_between_the_root_and_the_scan(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01/1": {}, "02/1": {}, "03": SIEMENS}, T1w={"MagneticFieldStrength": 3})
+    (root / "sub-01/ses-1/sub-01_ses-1_T1w.json").write_text('{"MagneticFieldStrength": 1.5}')
+    (root / "sub-02/sub-02_T1w.json").write_text("[3]")
+    rows, found = reconcile(root)
+    assert [row["field_strength_tesla"] for row in rows.values()] == [1.5, 3, 3] and not any(row["reason"] for row in rows.values())
+    (odd,) = [row for row in found if row["kind"] == "contradicting sidecars" and row["subject"] == "01"]
+    assert (odd["expected"], odd["found"]) == ("3 in T1w.json", "1.5")
+    assert kinds(found, file="sub-02/sub-02_T1w.json")["unreadable file: sub-02/sub-02_T1w.json"].startswith("a list")
+
+
+def test_folders_without_a_scan_and_files_in_anothers_folder(tmp_path, reconcile):
+    root = make(tmp_path / "pilot", {"01": SIEMENS, "02": SIEMENS}, TABLE + "sub-01\tA\t30\tF\nsub-02\tA\t30\tF\nsub-04\tA\t30\tF\n")
+    for folder in ("sub-03", "sub-04", "sub-01 old"):
+        (root / folder / "func").mkdir(parents=True)
+    (root / "sub-02/anat/sub-02_T1w.nii.gz").rename(root / "sub-02/anat/sub-05_T1w.nii.gz")
+    rows, found = reconcile(root)
+    assert rows["05"]["reason"] == "sub-02/anat/sub-05_T1w.nii.gz: its name says sub-05, its folder sub-02; one of the two is wanted"
+    assert rows["01"]["reason"] is None
+    assert kinds(found, file="sub-03") == {"folder without scan: subject": "a folder without a T1w"}
+    assert kinds(found, file="sub-01 old") == {"folder without scan: subject": "a name that is no subject's"}
+    assert kinds(found, file="sub-04") == {} and kinds(found, subject="04") == {"row without scan: subject": "none"}
+
+
 def test_a_folder_with_mixed_sites(tmp_path, reconcile):
     told = {"01": {"InstitutionName": "UZ Gent"}, "02": {"InstitutionName": "uz_gent"}, "03": {"InstitutionName": "MGH"}}
+    told["01"]["DeviceSerialNumber"], told["02"]["DeviceSerialNumber"] = "35343", 35426
     table = "participant_id\tsite\nsub-01\tx\nsub-02\tx\nsub-03\ty\n"
     _, found = reconcile(make(tmp_path / "pilot", told, table))
-    assert kinds(found, kind="mixed sites") == {"mixed sites: InstitutionName": "UZ Gent (2), MGH (1)", "mixed sites: site": "2 values: x, y"}
+    assert kinds(found, kind="mixed sites") == {
+        "mixed sites: InstitutionName": "UZ Gent (2), MGH (1)", "mixed sites: site": "2 values: x, y",
+        "mixed sites: DeviceSerialNumber": "35343 (1), 35426 (1)",
+    }  # fmt: skip
     assert "site_rule: {participants: site} would part them" in {row["done"].split("; ")[1] for row in found if row["field"] == "site"}
+
+
+def test_a_way_to_part_sites_is_told_only_where_it_leaves_the_other_sites_alone(tmp_path, reconcile):
+    told = {"01": {"InstitutionName": "UZ Gent"}, "02": {"InstitutionName": "MGH"}}
+    root = make(tmp_path / "db", told, TABLE + "sub-01\tA\t30\tF\nsub-02\tA\t30\tF\n")
+    (row,) = [row for row in reconcile(root, entry())[1] if row["kind"] == "mixed sites"]
+    assert row["done"] == "all stay site A, as the site rule says"
 
 
 def test_counts_sites_and_licence(tmp_path, reconcile):
@@ -233,6 +304,21 @@ def test_missing_tables_columns_rows_and_cells(tmp_path, reconcile):
     assert there["missing column: age_years"] == "only AgeMRI_W1" and "missing column: sex" in there
     assert there["missing row: participants.tsv"] == "no row" and there["uneven row: participants.tsv"] == "more cells"
     assert there["uneven row: participant_id"] == "1 rows without it" and "unreadable file: participants.json" in there
+
+
+def test_the_page_has_one_line_for_what_is_one_decision(tmp_path, reconcile):
+    """As ABIDE II, whose sex codes nobody declares: 60 rows of the table, at three sites, are two lines of the page."""
+    scans = [f"{number:02d}" for number in range(60)]
+    table = TABLE + "".join(f"sub-{one}\t{'ABC'[int(one) % 3]}\t30\t{1 + (one > '44')}\n" for one in scans) + "sub-x\tA\t1\tF\nsub-y\tA\t1\tF\n"
+    sites = dict.fromkeys("ABCD", Site(place="P")) | {"E": Site(place="Q")}
+    _, found = reconcile(make(tmp_path / "db", dict.fromkeys(scans), table), entry(sites=sites))
+    assert sum(row["kind"] == "sex unclear" for row in found) == 60
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", conflicts.CONFLICTS_HTML.read_text()))
+    done = "null; F or M, or a declared code, is wanted"
+    first, second = f"db A, B and 1 more sex F or M 1 {done} 45 db_sub-00", f"db A, B and 1 more sex F or M 2 {done} 15 db_sub-45"
+    assert page.index(first) < page.index(second)
+    assert "none no row in the scans table sub-x and 1 more" in page
+    assert "db D site scans 0" in page and "db E site scans 0" in page
 
 
 def test_files_are_the_same_bytes_anywhere_and_hold_any_text(tmp_path, reconcile):
