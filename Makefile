@@ -24,7 +24,7 @@ test: install  ## the fast suite
 test-full: install  ## also what needs the full network at 256 cubed, or minutes of training
 	@$(RUN) python -m pytest -m 'not ray and not slurm and not mlflow and not containers'
 
-test-ray: install  ## harmonise on a real Ray cluster of this machine: jobs by the README, tokens, autoscaling, deaths of a node, of the driver, of a scan's workers
+test-ray: install  ## harmonise and label on a real Ray cluster of this machine: jobs by the README, tokens, autoscaling, deaths of a node, of the driver, of a scan's workers
 	@$(RUN) python -m pytest -m ray tests/ray
 
 test-slurm: install  ## the launchers on a real SLURM of this machine; as root, installs it from Debian's or Ubuntu's packages where it is missing

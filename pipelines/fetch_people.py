@@ -15,8 +15,12 @@ ID = "participant_id"
 
 
 def subject_of(name: str) -> str:
-    """The label in a folder's name or a table's cell: ``sub-01_ses-2``, as FreeSurfer's folders may be called, is 01."""
-    return name.strip().removeprefix("sub-").split("_")[0]
+    """The label in a folder's name or a table's cell.
+
+    >>> subject_of("sub-01"), subject_of("sub-01_ses-2"), subject_of("sub-01.anat")      # FreeSurfer's folders may be called so, and fsl_anat's
+    ('01', '01', '01')
+    """
+    return name.strip().removeprefix("sub-").removesuffix(".anat").split("_")[0]
 
 
 def rows_by_subject(content: bytes, where: str, subjects: Collection[str]) -> dict[str, dict]:

@@ -215,7 +215,8 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
     placement, t1w = conformed.placement, conformed.data
     arrays = {f"t1w_x{factor}": shards.pooled(t1w, factor) for factor in shards.FACTORS}
     warnings, coarse_mm = list(conformed.warnings), []
-    needed = {source for name in settings.stored_protocols for source in protocol.load(name).sources}
+    given = {label["source"] for label in scan["labels"]}
+    needed = {next((source for source in protocol.load(name).sources if source in given), None) for name in settings.stored_protocols}
     for label in scan["labels"]:
         try:
             labels = load_label_map(root / label["path"])
@@ -224,7 +225,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         except InputError as error:
             if label["source"] in needed:
                 raise
-            warnings.append(str(error))  # another tool's map, which no chosen protocol reads, costs only itself
+            warnings.append(str(error))  # a map that no chosen protocol reads, or prefers to those that are here, costs only itself
             continue
         arrays[f"{label['source']}_x1"] = on_grid
         warnings += [f"{label['source']}: {warning}" for warning in labels.warnings]

@@ -9,6 +9,7 @@ written). A scan with its label map in place is skipped; one that fails is a lin
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ from pipelines.parallel import run_bounded
 from pipelines.progress import Scans
 
 log = logging.getLogger("lodbrain.label")
+CHECKOUT = Path(__file__).resolve().parents[1]
 LOGS = Path("logs/label")
 AN_ARRAY = 1000  # SLURM's own limit, where its administrator has set none
 MARGIN_HOURS = 0.5  # of a job beyond its tool's time, so that the tool is stopped here, with a line, and not by SLURM
@@ -42,8 +44,8 @@ def main() -> None:
     parser.add_argument("--project", type=Path, default=Path(), help="the folder of params.yaml (default: the current one)")
     parser.add_argument("--scan", action="append", help="these alone, one after the other in this process: what a SLURM job runs")
     given = parser.parse_args()
-    if given.limit_hours <= 0 or (given.threads or 1) < 1:
-        raise InputError(f"--limit-hours {given.limit_hours:g}, --threads {given.threads or 1}; more than 0 is wanted")
+    if not 0 < given.limit_hours < math.inf or (given.threads is not None and given.threads < 1):
+        raise InputError(f"--limit-hours {given.limit_hours:g}, --threads {given.threads}; finite numbers above 0 are wanted")
     os.chdir(given.project)
     params = load_params()
     launcher = given.launcher or params.resources.launcher
@@ -93,6 +95,8 @@ def label(todo: list[Work], params: Params, *, launcher: str) -> None:
     log.info("%d of %d scans labelled; `python -m pipelines.index` takes them up", len(todo) - len(failed), len(todo))
     if failed:
         first = next(iter(failed))
+        if len(todo) == 1:
+            raise InputError(f"{first}: {failed[first]}")
         raise InputError(f"{len(failed)} of {len(todo)} scans failed, e.g. {first}: {failed[first]}; the same command tries them again")
 
 
@@ -144,8 +148,10 @@ def _by_slurm(todo: list[Work], params: Params, launcher: str) -> dict[str, str]
     there = {task: at for task, (at, _) in slurm.at_work().items()}
     left = {there[task]: work.scan["scan_id"] for work in todo if (task := f"{name}/{work.scan['scan_id']}") in there}
     new = [work for work in todo if work.scan["scan_id"] not in left.values()]
+    modules = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))  # the project's folder need not have the code
     command = [
-        sys.executable, "-m", "pipelines.label", "--tool", first.tool, "--limit-hours", f"{first.limit_s / 3600:g}", "--threads", str(first.threads),
+        "env", f"PYTHONPATH={modules}", sys.executable, "-m", "pipelines.label",
+        "--tool", first.tool, "--limit-hours", f"{first.limit_s / 3600:g}", "--threads", str(first.threads),
     ]  # fmt: skip
     for start in range(0, max(len(new), 1), AN_ARRAY):
         tasks = [

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,17 +19,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_registry.conform import conform, labels_to_grid
+from data_registry.conform import Conformed, conform, labels_to_grid
 from data_registry.errors import InputError
 from data_registry.files import replacing
 from data_registry.label_fit import check_fit
 from data_registry.tissue_maps import load_label_map
 from data_registry.volume import load_image
-from pipelines.labellers import TOOLS, check_installed, place
+from pipelines.labellers import TOOLS, check_installed, environment, place
 
 WORK = "derivatives/.labelling"
 GRACE_S = 10.0  # between asking a tool to stop and ending it
 CHECK_GRID = "4mm"  # coarse, and enough to see whose brain it is and which way it lies
+SAYS_WHY = tuple(map(re.compile, (r"^([\w.]*Error|ERROR|error): .*[^:]$", r"exited with ERRORS", r"")))
+"""Lines that say why a tool failed, the more telling first; one that ends in a colon only points to others."""
 WATCHED = 'exec 3<&0 </dev/null; (read _ <&3; kill -s KILL 0) & exec "$@" 3<&-'
 
 
@@ -59,10 +62,11 @@ def label_scan(work: Work) -> None:
             return
         if target.exists():
             raise InputError(f"{target}: begun by another hand, without {wanted.name}; its end, or its removal, is wanted")
+        t1w = conform(load_image(work.t1w), grid=CHECK_GRID)  # refused now, and not after a day of work
         if not made.is_dir():
             _make(made, work)
         try:
-            _check(made / tool.made(work.name), work.t1w)
+            _check(made / tool.made(work.name), t1w)
         except InputError as error:
             raise InputError(f"{error}; once {made} is removed, the tool runs anew") from None
         _describe(work.base / tool.home, work.tool)
@@ -105,13 +109,14 @@ def _alone(aside: Path, work: Work) -> Iterator[None]:
 def _run(command: list[str], work: Work, folder: Path) -> None:
     """Run a tool to its end, its words in the scan's log; :class:`InputError` if it fails or its time is up. Nothing of its group survives."""
     work.log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"SUBJECTS_DIR": str(folder), "OMP_NUM_THREADS": str(work.threads)}
     with open(work.log, "ab") as log:
         log.write(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
         log.flush()
+        begin = log.tell()
         process = subprocess.Popen(
             ["/bin/sh", "-c", WATCHED, "sh", *command],
-            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment, start_new_session=True,
+            stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            env=environment(work.tool, folder, work.threads), start_new_session=True,
         )  # fmt: skip
         try:
             status = process.wait(work.limit_s)
@@ -127,19 +132,27 @@ def _run(command: list[str], work: Work, folder: Path) -> None:
             process.wait()
     if status:
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed with exit status {status}"
-        raise InputError(f"{command[0]} {how}: {_last_line(work.log)} ({work.log})")
+        raise InputError(f"{command[0]} {how}: {_why(work.log.read_bytes()[begin:])} ({work.log})")
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][:200] if lines and not lines[-1].startswith("# ") else "it said nothing"
+def _why(said: bytes) -> str:
+    """The line in which a tool says what is wrong: its last error, which others may follow (where to report it), else its last line.
+
+    >>> _why(b"ERROR: cannot find aseg\\nrecon-all -s 01 exited with ERRORS\\nTo report a problem, see ...\\n"), _why(b"a\\nb\\n"), _why(b"")
+    ('ERROR: cannot find aseg', 'b', 'it said nothing')
+    """
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+    for pattern in SAYS_WHY:
+        if found := [line for line in lines if pattern.search(line)]:
+            return found[-1][:200]
+    return "it said nothing"
 
 
-def _check(result: Path, t1w: Path) -> None:
+def _check(result: Path, t1w: Conformed) -> None:
     """What harmonise would refuse is no result: ids that cannot be read, or labels that do not lie on the T1w."""
-    labels, conformed = load_label_map(result), conform(load_image(t1w), grid=CHECK_GRID)
-    labels_to_grid(labels, conformed.placement, method="nearest")
-    check_fit(labels, conformed.data, conformed.placement)
+    labels = load_label_map(result)
+    labels_to_grid(labels, t1w.placement, method="nearest")
+    check_fit(labels, t1w.data, t1w.placement)
 
 
 def _describe(home: Path, tool: str) -> None:

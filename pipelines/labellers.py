@@ -1,11 +1,13 @@
 """The tools that label a T1w: what each is called with, what it needs, what it leaves behind and where that belongs.
 
-Command lines as their authors document them: recon-all (surfer.nmr.mgh.harvard.edu/fswiki/recon-all), run_fastsurfer.sh
-(FastSurfer's doc/scripts/RUN_FASTSURFER.md), mri_synthseg (surfer.nmr.mgh.harvard.edu/fswiki/SynthSeg). None of them comes with the project.
+Command lines as their authors document and parse them: recon-all of FreeSurfer 5.3 to 8 (surfer.nmr.mgh.harvard.edu/fswiki/recon-all;
+scripts/recon-all), run_fastsurfer.sh of FastSurfer 2 (its doc/scripts/RUN_FASTSURFER.md), mri_synthseg of FreeSurfer 7.3 and 8
+(surfer.nmr.mgh.harvard.edu/fswiki/SynthSeg; mri_synthseg/mri_synthseg). None of them comes with the project.
 """
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +34,12 @@ class Tool:
 
 
 def _recon_all(t1w: str, name: str, folder: Path, threads: int) -> list[str]:
-    return ["-s", name, "-i", t1w, "-sd", str(folder), "-all", "-threads", str(threads)]
+    return ["-s", name, "-i", t1w, "-sd", str(folder), "-all", "-openmp", str(threads)]
 
 
 def _fastsurfer(t1w: str, name: str, folder: Path, threads: int) -> list[str]:
-    return ["--t1", t1w, "--sid", name, "--sd", str(folder), "--seg_only", "--threads", str(threads)]
+    root = ["--allow_root"] * (os.geteuid() == 0)  # else it refuses; in a container there may be nobody else
+    return ["--t1", t1w, "--sid", name, "--sd", str(folder), "--seg_only", "--threads", str(threads), *root]
 
 
 def _synthseg(t1w: str, name: str, folder: Path, threads: int) -> list[str]:
@@ -44,7 +47,7 @@ def _synthseg(t1w: str, name: str, folder: Path, threads: int) -> list[str]:
 
 
 TOOLS = {
-    "recon-all": Tool("recon-all", 8, _recon_all, "{}/mri/aparc+aseg.mgz".format, "derivatives/freesurfer", needs_licence=True),
+    "recon-all": Tool("recon-all", 16, _recon_all, "{}/mri/aparc+aseg.mgz".format, "derivatives/freesurfer", needs_licence=True),
     "fastsurfer": Tool(
         "run_fastsurfer.sh", 16, _fastsurfer, "{}/mri/aparc.DKTatlas+aseg.deep.mgz".format, "derivatives/fastsurfer", needs_home=False
     ),
@@ -66,6 +69,18 @@ def check_installed(name: str) -> None:
     if not any(place.is_file() for place in places):
         where = f"{licence} (FS_LICENSE)" if licence else f"{home}/license.txt"
         raise InputError(f"{where}: no such file; FreeSurfer's licence is wanted for {name} (surfer.nmr.mgh.harvard.edu/registration.html)")
+
+
+def environment(name: str, folder: Path, threads: int) -> dict[str, str]:
+    """The variables that a tool runs with: this process's, without the project's own Python, which FastSurfer would take for its own."""
+    own = Path(sys.prefix, "bin").resolve() if sys.prefix != sys.base_prefix else None
+    path = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if not own or Path(part).resolve() != own]
+    variables = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+    variables |= {"PATH": os.pathsep.join(path), "SUBJECTS_DIR": str(folder), "OMP_NUM_THREADS": str(threads)}
+    home = Path(shutil.which(TOOLS[name].program) or "").resolve().parent
+    if (home / "FastSurferCNN").is_dir():  # its script looks for itself in the current folder, or beside a link to it
+        variables.setdefault("FASTSURFER_HOME", str(home))
+    return variables
 
 
 def place(tool: Tool, base: Path, scan: dict, name: str) -> tuple[Path, Path]:

@@ -85,9 +85,10 @@ def test_labels_that_do_not_fit_cost_the_scan_only_if_they_are_wanted(item, tmp_
     save_volume(root / "mirrored.mgz", labels.data[..., ::-1], labels.affine)
     why = f"{root}/mirrored.mgz: the labels fit the T1w better with its left-right axis reversed "
     mirrored = {"source": "another", "path": "mirrored.mgz"}
-    arrays, sample = harmonise_scan(scan | {"labels": [*scan["labels"], mirrored]}, root, SETTINGS)
-    assert sample["label_sources"] == ["aparc_aseg"] and "another_x1" not in arrays
-    assert [warning.startswith(why) for warning in sample["warnings"] if "mirrored" in warning] == [True]
+    for spare in ("another", "synthseg"):                                       # lod7 reads the second, but aparc+aseg before it
+        arrays, sample = harmonise_scan(scan | {"labels": [*scan["labels"], mirrored | {"source": spare}]}, root, SETTINGS)
+        assert sample["label_sources"] == ["aparc_aseg"] and f"{spare}_x1" not in arrays
+        assert [warning.startswith(why) for warning in sample["warnings"] if "mirrored" in warning] == [True]
     with pytest.raises(InputError, match=f"^{why}"):
         harmonise_scan(scan | {"labels": [mirrored | {"source": "aseg"}]}, root, SETTINGS)
 

@@ -1,4 +1,4 @@
-"""The labeller, with shell scripts that stand in for the tools: they copy a prepared label map, fail, hang, are killed, or mirror the head."""
+"""The labeller, with programs that stand in for the tools: they copy a prepared label map, fail, hang, are killed, or mirror the head."""
 
 import json
 import os
@@ -9,67 +9,29 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from small_heads import CHECKOUT, add_subject
+from labelling_tools import unlabelled
+from small_heads import CHECKOUT
 
 from data_registry.errors import InputError
 from data_registry.params import load_params
 from data_registry.schema import read_table, write_table
-from data_registry.volume import load_image, load_labels, save_volume
 from pipelines import index, label
 from pipelines.labellers import TOOLS, check_installed
-
-PROGRAM = """#!/bin/sh
-# Stands in for a labelling tool: the last words of its command line are those of {program}.
-{find}
-echo "$name" >> "$STAND_IN/calls"
-how=$(cat "$STAND_IN/$name.how" 2>/dev/null || echo well)
-case $how in
-    crash) echo "cannot find the brain"; exit 3 ;;
-    killed) kill -KILL $$ ;;
-    hang) sleep 600 & echo $! > "$STAND_IN/$name.pid"; wait ;;
-    nothing) exit 0 ;;
-esac
-mkdir -p "$(dirname "$out")" && cp "$STAND_IN/$name.$how$ending" "$out"
-"""
-FIND = {
-    "synthseg": 'while [ $# -gt 0 ]; do case $1 in --o) out=$2;; esac; shift; done; name=$(basename "$out" _dseg.nii.gz); ending=.nii.gz',
-    "recon-all": 'while [ $# -gt 0 ]; do case $1 in -s) name=$2;; -sd) sd=$2;; esac; shift; done; out=$sd/$name/mri/aparc+aseg.mgz; ending=.mgz',
-    "fastsurfer": "while [ $# -gt 0 ]; do case $1 in --sid) name=$2;; --sd) sd=$2;; esac; shift; done; "
-    'out=$sd/$name/mri/aparc.DKTatlas+aseg.deep.mgz; ending=.mgz',
-}  # fmt: skip
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project of seven unlabelled scans, and stand-ins on PATH; what a stand-in does to a scan stands in ``stand_in/<name>.how``."""
-    stand_in, programs = tmp_path / "stand_in", tmp_path / "bin"
-    stand_in.mkdir(), programs.mkdir()
-    for tool, find in FIND.items():
-        path = programs / TOOLS[tool].program
-        path.write_text(PROGRAM.format(program=TOOLS[tool].program, find=find))
-        path.chmod(0o755)
-    database = tmp_path / "db"
-    for number in range(1, 8):
-        add_subject(database, f"0{number}", seed=number)
-        made = database / f"derivatives/freesurfer/sub-0{number}/mri/aparc+aseg.mgz"
-        labels = load_labels(made)
-        t1w = load_image(database / f"sub-0{number}/anat/sub-0{number}_T1w.nii.gz")
-        labels.data[8:18, 10:20, 3:9], t1w.data[8:18, 10:20, 3:9] = 10, 190  # a bright part on one side alone
-        save_volume(t1w.path, t1w.data, t1w.affine)
-        for how, data in (("well", labels.data), ("mirrored", labels.data[..., ::-1])):
-            save_volume(stand_in / f"sub-0{number}.{how}.nii.gz", data.astype(np.int32), labels.affine)
-            save_volume(stand_in / f"sub-0{number}.{how}.mgz", data.astype(np.int32), labels.affine)
-    shutil.rmtree(database / "derivatives")
+    database, variables = tmp_path / "db", unlabelled(tmp_path, 7)
     (tmp_path / "project").mkdir()
     monkeypatch.chdir(tmp_path / "project")
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))  # for the processes that Ray starts
     settings = {"index": {"roots": [str(database)]}, "harmonise": {"grid": "16mm"}, "resources": {"workers": 2, "task_gb": 0.1, "tries": 1}}
     Path("params.yaml").write_text(yaml.safe_dump(settings))
     write_table(index.SCANS_TABLE, "scans", index.index([database]))
-    for name, value in {"PATH": f"{programs}:{os.environ['PATH']}", "STAND_IN": str(stand_in), "FREESURFER_HOME": str(tmp_path)}.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("FS_LICENSE", raising=False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -106,7 +68,7 @@ def test_one_fails_the_others_go_on_and_the_next_run_does_what_is_left(project, 
         assert (project / "db" / anat.format(f"0{number}")).is_file() == (number in (1, 7))
     said = {line.partition(": ")[0].strip(): line for line in caplog.messages if line.startswith("db_")}
     words = {
-        "2": "failed with exit status 3: cannot find the brain (/",
+        "2": "failed with exit status 3: ERROR: cannot find the brain (/",
         "3": "was stopped after 0.000556 hours (--limit-hours)",
         "4": "was ended by SIGKILL",
         "5": "fit the T1w better with its left-right axis reversed",
@@ -212,16 +174,56 @@ def test_slurm_gets_one_array_with_a_task_a_scan(project, monkeypatch):
     assert {"--job-name=label-synthseg", "--array=0-6%16", "--cpus-per-task=4", "--mem=16G", "--time=392"} <= set(asked)
     tasks = [line for line in asked if line.startswith("srun ")]
     assert tasks == [
-        f"srun --kill-on-bad-exit=1 --cpus-per-task=4 {sys.executable} -m pipelines.label --tool synthseg --limit-hours 6 --threads 4 "
-        f"--scan db_sub-0{number}" for number in range(1, 8)
+        f"srun --kill-on-bad-exit=1 --cpus-per-task=4 env PYTHONPATH={CHECKOUT}:{CHECKOUT} {sys.executable} -m pipelines.label --tool synthseg "
+        f"--limit-hours 6 --threads 4 --scan db_sub-0{number}" for number in range(1, 8)
     ]  # fmt: skip
     assert len(read_table(index.SCANS_TABLE, "scans")) == 7
 
 
-def test_command_lines_are_those_that_the_tools_document():
-    lines = {name: " ".join([tool.program, *tool.command("/t1.nii.gz", "sub-01", Path("/work"), 4)]) for name, tool in TOOLS.items()}
-    assert lines == {
-        "recon-all": "recon-all -s sub-01 -i /t1.nii.gz -sd /work -all -threads 4",
+def test_command_lines_are_those_that_the_tools_document(monkeypatch):
+    def lines(user: int) -> dict[str, str]:
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        return {name: " ".join([tool.program, *tool.command("/t1.nii.gz", "sub-01", Path("/work"), 4)]) for name, tool in TOOLS.items()}
+
+    assert lines(1000) == {
+        "recon-all": "recon-all -s sub-01 -i /t1.nii.gz -sd /work -all -openmp 4",
         "fastsurfer": "run_fastsurfer.sh --t1 /t1.nii.gz --sid sub-01 --sd /work --seg_only --threads 4",
         "synthseg": "mri_synthseg --i /t1.nii.gz --o /work/sub-01_dseg.nii.gz --parc --robust --threads 4 --cpu",
     }
+    assert lines(0) == lines(1000) | {"fastsurfer": lines(1000)["fastsurfer"] + " --allow_root"}
+
+
+def test_a_tool_runs_with_its_own_python_and_home(project, monkeypatch):
+    own = project / "environment/bin"
+    own.mkdir(parents=True)
+    (own / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (own / "python3").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{own}:{os.environ['PATH']}")
+    monkeypatch.setattr(sys, "prefix", str(own.parent))
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    run("--tool", "fastsurfer", "--scan", "db_sub-01", "--threads", "3")
+    python, threads = (project / "stand_in/sub-01.ran_with").read_text().split()
+    assert python != str(own / "python3") and threads == "3"
+
+
+def test_a_t1w_that_cannot_be_used_costs_no_day_of_work(project):
+    (project / "db/sub-01/anat/sub-01_T1w.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(InputError, match=r"^db_sub-01: .*/sub-01_T1w\.nii\.gz: "):
+        run("--tool", "synthseg", "--scan", "db_sub-01")
+    assert not (project / "stand_in/calls").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--limit-hours", "nan"), ("--limit-hours", "inf"), ("--limit-hours", "-1"), ("--threads", "0")])
+def test_numbers_that_are_none_are_refused(project, option, value):
+    with pytest.raises(InputError, match=r"^--limit-hours \S+, --threads \S+; finite numbers above 0 are wanted"):
+        run("--tool", "synthseg", option, value)
+
+
+def test_the_stand_ins_refuse_what_the_tools_refuse(project):
+    t1w = str(project / "db/sub-01/anat/sub-01_T1w.nii.gz")
+    for program, *words in (
+        ("recon-all", "-s", "a", "-i", t1w, "--threads", "2"), ("run_fastsurfer.sh", "--t1", t1w, "--sid", "a", "--segonly"),
+        ("mri_synthseg", "--i", t1w, "--o", "a_dseg.nii.gz", "--device", "cpu"), ("mri_synthseg", "--i", "none.nii.gz"),
+    ):  # fmt: skip
+        done = subprocess.run([program, *words], capture_output=True, text=True, check=False)
+        assert done.returncode and done.stdout.startswith("ERROR: "), (program, words)

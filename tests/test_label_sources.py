@@ -22,6 +22,7 @@ CASES = {  # files → source: file
     ("wmparc.mgz", "aseg.mgz"): {"wmparc": "wmparc.mgz"},
     ("aseg.mgz", "aseg.presurf.mgz", "synthseg.rca.mgz"): {"aseg": "aseg.mgz", "synthseg": "synthseg.rca.mgz"},
     ("aparc.DKTatlas+aseg.deep.mgz", "aparc.DKTatlas+aseg.deep.withCC.mgz", "mask.mgz"): {"aparc_dkt_aseg": "aparc.DKTatlas+aseg.deep.withCC.mgz"},
+    ("aparc.DKTatlas40+aseg.mgz", "aparc.a2009s+aseg.mgz", "aseg.mgz"): {"aparc_dkt_aseg": "aparc.DKTatlas40+aseg.mgz"},
 }  # fmt: skip
 DERIVATIVES = {
     ("fmriprep", "sub-01_desc-aparcaseg_dseg", "sub-01_desc-aseg_dseg", "sub-01_dseg", "sub-01_space-MNI152NLin2009cAsym_dseg",
@@ -37,6 +38,11 @@ DERIVATIVES = {
     ("spm12", "c1sub-01_T1w", "c2sub-01_T1w", "c3sub-01_T1w"): {"spm_tissue": "c1sub-01_T1w"},
     ("spm_bids", "sub-01_label-GM_probseg", "sub-01_label-WM_probseg"): {"spm_tissue": "sub-01_label-GM_probseg"},
     ("fsl_fast", "sub-01_dseg"): {"fsl_fast": "sub-01_dseg"},
+    ("mri_synthseg", "sub-01_T1w_synthseg", "sub-01_T1w_posteriors"): {"synthseg": "sub-01_T1w_synthseg"},
+    ("fsl", "sub-01_T1w.anat/T1_fast_pveseg", "sub-01_T1w.anat/T1_fast_seg", "sub-01_T1w.anat/first_results/T1_first_all_fast_firstseg",
+     "sub-01_T1w.anat/T1_fast_pve_1"): {
+        "fsl_fast": "sub-01_T1w.anat/T1_fast_pveseg", "fsl_first": "sub-01_T1w.anat/first_results/T1_first_all_fast_firstseg",
+    },
 }  # fmt: skip
 
 
@@ -61,8 +67,40 @@ def test_derivatives(tmp_path, files):
     tool, *names = files
     for anat, session in ((f"derivatives/{tool}/sub-01/anat", ""), (f"derivatives/{tool}/sub-01/ses-2/anat", "2")):
         touch(tmp_path, *(f"{anat}/{name}.nii.gz" for name in names))
-        assert found(tmp_path, "01", session) == {source: f"{anat}/{name}.nii.gz" for source, name in DERIVATIVES[files].items()}
+        assert found(tmp_path, "01", session, scan="sub-01") == {source: f"{anat}/{name}.nii.gz" for source, name in DERIVATIVES[files].items()}
     assert found(tmp_path, "02", "") == {} == found(tmp_path, "0", "")
+
+
+def test_a_map_that_a_protocol_prefers_is_taken_beside_the_others(tmp_path, monkeypatch):
+    names = ("aparc+aseg.mgz", "aparc.a2009s+aseg.mgz", "wmparc.mgz", "aseg.mgz")
+    touch(tmp_path, *(f"{FREESURFER}/{name}" for name in names))
+    assert set(found(tmp_path, "01", "")) == {"aparc_aseg"}
+    monkeypatch.setattr(label_sources, "_first_choices", lambda: {"aparc_a2009s_aseg"})  # as a table of Destrieux's parcels would
+    assert set(found(tmp_path, "01", "")) == {"aparc_aseg", "aparc_a2009s_aseg"}
+
+
+def test_fastsurfers_whole_run_is_one_map(tmp_path):
+    mri = tmp_path / "derivatives/fastsurfer/sub-01/mri"
+    touch(mri, "aparc.DKTatlas+aseg.mapped.mgz", "aseg.mgz", "wmparc.DKTatlas.mapped.mgz", "aparc.DKTatlas+aseg.deep.mgz")
+    for link, file in (("aparc+aseg", "aparc.DKTatlas+aseg.mapped"), ("aparc.DKTatlas+aseg", "aparc.DKTatlas+aseg.mapped"),
+                       ("wmparc", "wmparc.DKTatlas.mapped")):  # fmt: skip
+        (mri / f"{link}.mgz").symlink_to(f"{file}.mgz")
+    assert find_labels(tmp_path, "01", "") == {"aparc_dkt_aseg": mri / "aparc.DKTatlas+aseg.mgz"}
+
+
+def test_fastsurfers_map_comes_beside_freesurfers(tmp_path):
+    free, fast = f"{FREESURFER}/aparc+aseg.mgz", "derivatives/fastsurfer/sub-01/mri/aparc.DKTatlas+aseg.deep.mgz"
+    touch(tmp_path, free, fast, fast.replace("aparc.DKTatlas+aseg.deep", "aparc+aseg"))
+    assert found(tmp_path, "01", "") == {"aparc_aseg": free, "aparc_dkt_aseg": fast}
+
+
+def test_fsl_anats_folders_are_the_scans_by_their_names(tmp_path):
+    file = "derivatives/fsl_anat/{}.anat/T1_fast_seg.nii.gz".format
+    touch(tmp_path, file("sub-01_ses-1_run-2"), file("sub-01_ses-1"), file("sub-011"), "derivatives/other/sub-01.anat/T1_fast_seg.nii.gz")
+    assert found(tmp_path, "01", "1", scan="sub-01_ses-1_run-2") == {"fsl_fast": file("sub-01_ses-1_run-2")}
+    assert found(tmp_path, "01", "1", scan="sub-01_ses-1_run-1") == {"fsl_fast": file("sub-01_ses-1")}
+    assert found(tmp_path, "01", "", scan="sub-01") == {}
+    assert any(path.match("sub-011.anat/*") for pattern in LABEL_GLOBS for path in tmp_path.glob(pattern))
 
 
 def test_the_patterns_fit_what_is_found_and_the_protocols_sources(tmp_path):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from labelling_tools import unlabelled
 from small_heads import CHECKOUT, add_subject
 
 from data_registry import slurm
@@ -20,10 +21,11 @@ from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.jobs import Job, Slurm
 from data_registry.params import Resources, load_params
-from data_registry.schema import read_table
+from data_registry.schema import read_table, write_table
 from lod_model import launch, weights
 from lod_model.data import all_folds
 from lod_model.train import finished, fold_folder, train, training_identity
+from pipelines import index
 from pipelines.project import data_project
 
 pytestmark = pytest.mark.slurm
@@ -257,6 +259,55 @@ def test_harmonise_on_ray(project, monkeypatch):
     assert hashes(project) == before and place.log.read_text().count("shards, ") == 2
     assert len({line.split()[2] for line in trace.read_text().splitlines()}) > 2, "one node did it all"
     assert not Path(f"/tmp/ray-{place.job}").exists()
+
+
+def test_labels_are_an_array_with_a_task_a_scan(tmp_path, monkeypatch):
+    """One scan fails, one is pre-empted and begins anew, one takes too long; the same command does what is left, from another folder too."""
+    for name, value in unlabelled(tmp_path, 4).items():
+        monkeypatch.setenv(name, value)
+    project, stand_in = tmp_path / "project", tmp_path / "stand_in"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    settings = {"index": {"roots": [str(tmp_path / "db")]}, "resources": {"launcher": "slurm", "slurm": {"at_once": 2, "label": {"mem_gb": 1}}}}
+    (project / "params.yaml").write_text(yaml.safe_dump(settings))
+    write_table(index.SCANS_TABLE, "scans", index.index([tmp_path / "db"]))
+    (stand_in / "sub-02.how").write_text("crash")
+    (stand_in / "sub-03.how").write_text("hang")
+    (stand_in / "license.txt").touch()
+    monkeypatch.setenv("FS_LICENSE", str(stand_in / "license.txt"))
+
+    def start(*options: str) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # what the jobs run must be found without
+        command = [sys.executable, "-m", "pipelines.label", "--tool", "recon-all", "--project", str(project), *options]
+        return subprocess.Popen(command, cwd=CHECKOUT, env=environment, stderr=subprocess.PIPE, text=True)
+
+    mri = [tmp_path / f"db/derivatives/freesurfer/sub-0{number}/mri/aparc+aseg.mgz" for number in range(1, 5)]
+    first = start("--threads", "2")
+    pid = stand_in / "sub-03.pid"
+    until(lambda: pid.is_file() and pid.read_text().strip() and mri[0].is_file() and mri[3].is_file())
+    job = newest_job()
+    ask("scancel", "--signal=USR1", f"{job}_2")
+    until(lambda: not is_alive(int(pid.read_text())))
+    (stand_in / "sub-03.how").write_text("well")
+    until(lambda: mri[2].is_file(), hurry=True)
+    _, said = first.communicate(timeout=WAIT_S)
+    failure = f"recon-all failed with exit status 3: ERROR: cannot find the brain ({project}/logs/label/db_sub-02.log) (logs/slurm/{job}_1.log)"
+    assert first.returncode == 2 and said.splitlines()[-1].startswith("error: 1 of 4 scans failed, e.g. db_sub-02: "), said
+    assert failure in said.splitlines()[-1] and not mri[1].exists()
+    assert sorted((stand_in / "calls").read_text().split()) == ["sub-01", "sub-02", "sub-03", "sub-03", "sub-04"]
+    assert (stand_in / "sub-01.ran_with").read_text().split()[1] == "2"
+
+    (stand_in / "sub-02.how").write_text("hang")
+    again = start("--limit-hours", str(3 / 3600))
+    _, said = again.communicate(timeout=WAIT_S)
+    assert again.returncode == 2 and re.search(r"error: .*db_sub-02: .*recon-all was stopped after 0\.000833 hours \(--limit-hours\)", said), said
+    assert not is_alive(int((stand_in / "sub-02.pid").read_text()))
+    (stand_in / "sub-02.how").write_text("well")
+    last = start()
+    _, said = last.communicate(timeout=WAIT_S)
+    assert last.returncode == 0 and "1 of 1 scans labelled" in said and all(path.is_file() for path in mri), said
+    rows = index.index([tmp_path / "db"])
+    assert [[label["source"] for label in row["labels"]] for row in rows] == [["aparc_aseg"]] * 4
 
 
 def test_two_nodes_are_preempted(project):
