@@ -81,7 +81,7 @@ def prepare(volume: Volume, *, grid: str, preparation: Preparation) -> Conformed
     conformed = conform(volume, grid=grid, window=window, interpolation=preparation.interpolation)
     if preparation.scale is None:
         return conformed
-    table = nyul.table_for(np.bincount(conformed.data.ravel(), minlength=256), preparation.scale)
+    table = nyul.table_for(histogram_of(conformed.data), preparation.scale)
     return replace(conformed, data=table[conformed.data])
 
 
@@ -95,7 +95,7 @@ def above_air(t1w: np.ndarray, preparation: Preparation) -> np.ndarray:
     """
     if not preparation.intensity.endswith("whitestripe"):
         return t1w
-    seen = np.cumsum(np.bincount(t1w.ravel(), minlength=256)[1:])
+    seen = np.cumsum(histogram_of(t1w)[1:])
     air = np.uint8(1 + np.searchsorted(seen, AIR * seen[-1]))
     return np.maximum(t1w, air) - air
 
@@ -206,6 +206,14 @@ def _otsu(histogram: np.ndarray) -> int:
     both, whole = count * (histogram.sum() - count), (histogram * np.arange(len(histogram))).sum()
     between = (total * histogram.sum() - whole * count).astype(float) ** 2 / np.where(both > 0, both, np.inf)
     return int(between.argmax())
+
+
+def histogram_of(grey: np.ndarray) -> np.ndarray:
+    """(256,) counts of a uint8 array of any shape: of pairs, then of both halves, in half of one count's time."""
+    values = grey.reshape(-1)
+    even = values.size // 2 * 2
+    pairs = np.bincount(values[:even].view(np.uint16), minlength=65536).reshape(256, 256)
+    return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
 
 
 def moments(histogram: np.ndarray) -> tuple[float, float]:

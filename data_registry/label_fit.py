@@ -8,6 +8,7 @@ symmetric enough that mirrored labels look right to the eye, and asymmetric enou
 import numpy as np
 
 from data_registry.conform import Placement
+from data_registry.intensity import histogram_of
 from data_registry.resample import bounding_box, resample_nearest
 from data_registry.volume import Volume, VolumeError, axes_to_lia
 
@@ -95,7 +96,7 @@ def _mistaken(labels: Volume) -> dict[str, np.ndarray]:
 
 def _dark(image: np.ndarray) -> float:
     """Half the threshold that parts a picture's intensities best (Otsu, IEEE SMC 1979), but no more than :data:`AIR`: what is darker is air."""
-    counts = np.bincount(image.ravel(), minlength=256).astype(np.float64)
+    counts = histogram_of(image).astype(np.float64)
     levels = np.arange(256)
     below, sums = counts.cumsum(), (counts * levels).cumsum()
     above = below[-1] - below

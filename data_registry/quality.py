@@ -19,6 +19,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from data_registry import protocol as protocols
+from data_registry.intensity import histogram_of
 from data_registry.resample import bounding_box
 
 CLASSES = "lod7"
@@ -56,7 +57,7 @@ def measure(t1w: np.ndarray, ids: np.ndarray | None, *, affine: np.ndarray, nati
     block = max(1, round(BLOCK_MM / lattice_mm))
     sums = _block_sums(grey, block)
     head, level = head_of(sums / block**3)
-    histogram = _histogram(grey.ravel())
+    histogram = histogram_of(grey)
     figures = {"own_voxel_mm": float(np.linalg.norm(native_affine[:3, :3], axis=0).max()), "efc": efc(histogram)}
     figures |= _of_air(grey, sums, head, block, lattice_mm) if untouched else dict(NO_AIR)
     in_head = _upsampled(head, block, grey.shape)
@@ -254,13 +255,13 @@ def _of_air(grey: np.ndarray, sums: np.ndarray, head: np.ndarray, block: int, vo
         return NO_AIR | {"air_reason": f"{blocks} blocks of {size} with signal lie outside the head; {LEAST_AIR_BLOCKS} are wanted"}
     if blocks < LEAST_AIR_SHARE * outside:
         return NO_AIR | {"air_reason": f"the background is empty in {1 - blocks / outside:.0%} of the field of view (stripped, masked or padded)"}
-    histogram = _histogram(_cropped(grey, block)[_repeated(air, block)])
+    histogram = histogram_of(_cropped(grey, block)[_repeated(air, block)])
     if histogram[0] > MOST_AIR_ZEROS * histogram.sum():
         return NO_AIR | {"air_reason": f"{histogram[0] / histogram.sum():.0%} of the air is 0: removed, or quieter than one of 255 grey levels"}
     levels, number = np.arange(256), histogram.sum()
     mean = (histogram * levels).sum() / number
     noise = float(np.sqrt((histogram * (levels - mean) ** 2).sum() / number)) / RAYLEIGH_SD
-    of_head = _histogram(_cropped(grey, block)[_repeated(head, block)])
+    of_head = histogram_of(_cropped(grey, block)[_repeated(head, block)])
     foreground, background = _median(of_head), _median(histogram)
     means = sums[air] / block**3
     middle = np.median(means)
@@ -276,13 +277,6 @@ def _of_air(grey: np.ndarray, sums: np.ndarray, head: np.ndarray, block: int, vo
 
 def _ratio(top: float | None, bottom: float | None) -> float | None:
     return float(top / bottom) if top is not None and bottom else None
-
-
-def _histogram(values: np.ndarray) -> np.ndarray:
-    """(256,) counts of (n,) uint8: of pairs, then of both halves, in half the time."""
-    even = values.size // 2 * 2
-    pairs = np.bincount(values[:even].view(np.uint16), minlength=65536).reshape(256, 256)
-    return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
 
 
 def _median(histogram: np.ndarray) -> float:

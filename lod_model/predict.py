@@ -229,5 +229,5 @@ def moments(conformed: np.ndarray) -> tuple[float, float]:
     >>> moments(np.array([0, 0, 10, 10], dtype=np.uint8))
     (5.0, 5.0)
     """
-    return intensity.moments(np.bincount(conformed.reshape(-1), minlength=256))
+    return intensity.moments(intensity.histogram_of(conformed))
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
-from data_registry.intensity import ROBUST, Preparation, above_air, moments, prepare
+from data_registry.intensity import ROBUST, Preparation, above_air, histogram_of, moments, prepare
 from data_registry.label_fit import check_fit
 from data_registry.ledgers import withdrawn
 from data_registry.likeness import describe
@@ -246,7 +246,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         arrays |= {f"{name}_x{factor}": shards.block_counts(classes, factor, table.classes) for factor in shards.BLOCK_FACTORS}
         voxels = arrays[f"{name}_x{shards.BLOCK_FACTORS[-1]}"].sum((1, 2, 3), dtype=np.int64)
         volumes += [{"class_name": n, "ml": float(v * placement.voxel_ml)} for n, v in zip(table.foreground, voxels[1:], strict=True)]
-    histogram = np.bincount(t1w.ravel(), minlength=256)
+    histogram = histogram_of(t1w)
     mean, deviation = moments(histogram)
     sample = _identity(scan, settings) | {
         "warnings": warnings,

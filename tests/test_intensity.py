@@ -10,7 +10,7 @@ from small_networks import made
 
 from data_registry import conform, resample
 from data_registry.errors import InputError
-from data_registry.intensity import ROBUST, STRIPE_LEVELS, WHITE, Preparation, moments, prepare, white_stripe, without_bias
+from data_registry.intensity import ROBUST, STRIPE_LEVELS, WHITE, Preparation, histogram_of, moments, prepare, white_stripe, without_bias
 from data_registry.label_sources import find_labels
 from data_registry.params import Harmonise
 from data_registry.shard_store import FolderStore
@@ -256,3 +256,10 @@ def test_the_network_sees_a_new_scan_as_its_weights_say(tmp_path, preparation):
     assert torch.equal(fed[0][0, 0], torch.from_numpy(data).float().sub(mean).div(deviation))
     robust = prepare(scan, grid="8mm", preparation=ROBUST).data
     assert np.array_equal(data, robust) == (preparation == ROBUST)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2,), (1001,), (7, 9, 11)])
+def test_a_histogram_counts_every_voxel_once(shape):
+    grey = np.random.default_rng(2).integers(0, 256, shape).astype(np.uint8)
+    for array in (grey, grey.T, grey[::-1]):
+        assert np.array_equal(histogram_of(array), np.bincount(array.ravel(), minlength=256))
