@@ -210,7 +210,7 @@ def _otsu(histogram: np.ndarray) -> int:
 
 def histogram_of(grey: np.ndarray) -> np.ndarray:
     """(256,) counts of a uint8 array of any shape: of pairs, then of both halves, in half of one count's time."""
-    values = grey.reshape(-1)
+    values = grey.ravel()  # contiguous, unlike reshape of what is reversed
     even = values.size // 2 * 2
     pairs = np.bincount(values[:even].view(np.uint16), minlength=65536).reshape(256, 256)
     return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
