@@ -5,7 +5,7 @@ slow shading and every small error of the pose are fitted away, band-passed, wit
 So skull, face, neck, place and turn of the head, scale and bias of the intensities count little. A mirrored copy is another head. The numbers
 stand in shards: they are the same bits with any number of threads and on any x86-64 processor.
 
-How sure it is stands in README ("Who is who") and is measured by ``tests/benchmarks/bench_people.py``.
+How sure it is stands in docs/databases.md ("Who is who") and is measured by ``tests/benchmarks/bench_people.py``.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The README's section for labs, command by command, on tiny shards: a shared cache, an S3 remote on loopback, a clone with one site."""
+"""The labs' section on DVC, command by command, on tiny shards: a shared cache, an S3 remote on loopback, a clone with one site."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from data_registry.shards import read_row
 from pipelines.project import data_project
 
 pytestmark = pytest.mark.full
-SECTION = re.search(r"^## For labs.*?(?=^## )", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[0]
+SECTION = re.search(r"^## 200 GB.*?(?=^## )", (CHECKOUT / "docs/labs.md").read_text(encoding="utf-8"), re.M | re.S)[0]
 SET_UP, MORE_SCANS, ONE_SITE = re.findall(r"^```\n(.*?)^```", SECTION, re.M | re.S)
 NYU, UM = (f"shards/grid=1mm/site=abide1.{site}/part-000.parquet" for site in ("NYU", "UM"))
 HARMONISE = '''
@@ -54,7 +54,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A folder as the README's /lab and /scratch, with a project that is set up, run and pushed; and how to run commands there."""
+    """A folder as the section's /lab and /scratch, with a project that is set up, run and pushed; and how to run commands there."""
     root = tmp_path_factory.mktemp("lab")
     project = root / "project"
     (project / "pipelines").mkdir(parents=True)
@@ -124,7 +124,7 @@ def test_in_order(lab):
     (project / "scans.txt").write_text("NYU 3\nUM 1\n")
     bash("dvc repro && dvc push && git add -A && git commit -qm more")
     found = json.loads((project / "found.json").read_text())
-    assert found[UM][1] == 1 and found[UM][0] != kept  # the copies that the README warns of
+    assert found[UM][1] == 1 and found[UM][0] != kept  # the copies that the section warns of
     assert set(after) < set(objects(cache)) and objects(cache)[md5(project / UM)].samefile(project / UM)
 
 
@@ -140,7 +140,7 @@ def test_one_site_only(lab):
     assert re.search(r"changed outs:\s+not in cache:\s+shards", bash("dvc status", mine))
     lock = (mine / "dvc.lock").read_text()
     bash("dvc commit --force harmonise", mine)
-    assert "nfiles: 1\n" in (mine / "dvc.lock").read_text() and "nfiles: 2\n" in lock  # what the README warns of
+    assert "nfiles: 1\n" in (mine / "dvc.lock").read_text() and "nfiles: 2\n" in lock  # what the section warns of
     (mine / "dvc.lock").write_text(lock)
     bash("dvc pull shards/grid=1mm/site=abide1.nowhere", mine)
     assert not (mine / UM).exists()

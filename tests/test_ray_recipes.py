@@ -110,7 +110,7 @@ def test_ray_starts_on_a_node_with_the_token_and_on_loopback(config, tmp_path):
 
 def test_everything_that_starts_ray_or_submits_asks_for_a_token():
     assert "RAY_AUTH_MODE=token" in (CHECKOUT / "infra/slurm/on-ray.sh").read_text()
-    section = (CHECKOUT / "README.md").read_text().split("## For labs: a Ray cluster")[1].split("\n## ")[0]
+    section = (CHECKOUT / "docs/labs.md").read_text().split("## A Ray cluster")[1].split("\n## ")[0]
     assert section.split("```")[1].split("\n")[1] == "export RAY_AUTH_MODE=token"
     for path in [CHECKOUT / "Makefile", *(path for room in ("infra", "pipelines", "lod_model") for path in (CHECKOUT / room).rglob("*"))]:
         if path.suffix in ("", ".sh", ".py", ".yaml", ".sbatch", ".def", ".Dockerfile") and path.is_file():

@@ -1,4 +1,4 @@
-"""Jobs on a real cluster, by the README's own lines: the same shards, no data shipped, nobody without the token."""
+"""Jobs on a real cluster, by the lines of docs/labs.md: the same shards, no data shipped, nobody without the token."""
 
 import os
 import shlex
@@ -36,14 +36,14 @@ def checkout(tmp_path_factory) -> Path:
     return folder
 
 
-def readme_line(*words: str) -> str:
-    """The one line of the README that holds these words."""
-    (line,) = [line for line in (CHECKOUT / "README.md").read_text().splitlines() if all(word in line for word in words)]
+def documented(*words: str) -> str:
+    """The one line of docs/labs.md that holds these words."""
+    (line,) = [line for line in (CHECKOUT / "docs/labs.md").read_text().splitlines() if all(word in line for word in words)]
     return line
 
 
 def submit(cluster: Cluster, checkout: Path, line: str, project: Path, **environment: str) -> subprocess.CompletedProcess:
-    """A line of the README with this cluster's dashboard and this project, as the shell runs it in the checkout."""
+    """A line of it with this cluster's dashboard and this project, as the shell runs it in the checkout."""
     assert line.startswith("ray job submit --address http://127.0.0.1:8265 ") and "/shared/project" in line
     line = line.replace("http://127.0.0.1:8265", cluster.dashboard).replace("/shared/project", shlex.quote(str(project)))
     own = {name: value for name, value in cluster.environment.items() if environment.get(name, value)} | {k: v for k, v in environment.items() if v}
@@ -51,7 +51,7 @@ def submit(cluster: Cluster, checkout: Path, line: str, project: Path, **environ
 
 
 def test_a_job_takes_the_code_alone_and_makes_the_same_shards(cluster, checkout, reference, project):
-    done = submit(cluster, checkout, readme_line("ray job submit", "python -m pipelines.harmonise --project"), project)
+    done = submit(cluster, checkout, documented("ray job submit", "python -m pipelines.harmonise --project"), project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert hashes(project) == hashes(reference) and len(hashes(project)) > 4
     folders = [path for path in Path(cluster.folder.name).glob("session_*/runtime_resources/working_dir_files/_ray_pkg_*") if path.is_dir()]
@@ -69,7 +69,7 @@ def test_a_job_of_dvc_makes_the_same_shards(cluster, checkout, reference, projec
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], cwd=project, env=quiet, check=True)
     settings = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(settings + "experiment: base\nnetworks: [lod_brain]\ntrain: {seed: 0, protocol: lod7}\n")
-    line = readme_line("ray job submit", "repro harmonise").replace("repro harmonise", "repro --single-item harmonise")
+    line = documented("ray job submit", "repro harmonise").replace("repro harmonise", "repro --single-item harmonise")
     done = submit(cluster, checkout, line, project)
     assert done.returncode == 0, done.stdout + done.stderr
     assert hashes(project) == hashes(reference)
@@ -83,7 +83,7 @@ def test_a_job_of_dvc_makes_the_same_shards(cluster, checkout, reference, projec
 def test_without_the_token_nothing_runs(cluster, checkout, project, tmp_path, token, mode, status, words):
     """Ray's own program ends with a traceback whose last lines say why."""
     own = {"RAY_AUTH_TOKEN": token, "RAY_AUTH_MODE": mode, "HOME": str(tmp_path)}
-    done = submit(cluster, checkout, readme_line("ray job submit", "python -m pipelines.harmonise --project"), project, **own)
+    done = submit(cluster, checkout, documented("ray job submit", "python -m pipelines.harmonise --project"), project, **own)
     assert done.returncode != 0 and not (project / "shards").exists()
     assert words in done.stderr
     request = urllib.request.Request(cluster.dashboard + "/api/jobs/", headers={"Authorization": f"Bearer {token}"} if token else {})
