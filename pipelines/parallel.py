@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from data_registry.errors import InputError
@@ -120,6 +121,14 @@ def _refuse_what_fits_nowhere(memory: int, cpus: int, nodes: dict[str, tuple[int
         )
 
 
+def _code() -> dict:
+    """So that tasks find this code wherever the stage was started; a job brings its own copy along."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        return {}
+    modules = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(modules)}}}
+
+
 class _cluster:
     """A Ray cluster for the length of the block; one that was there already is left running."""
 
@@ -130,7 +139,7 @@ class _cluster:
         self.owned = not self.ray.is_initialized()
         if not self.owned:
             return
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False} | _code()
         if self.address:
             self._join(quiet)
             return
