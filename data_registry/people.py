@@ -100,6 +100,24 @@ def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
         row["person"] = root(row["person"])
 
 
+def merge_families(rows: Iterable[dict]) -> None:
+    """Give ``rows`` of a person the family that any of them names, and families that a person ties together one name.
+
+    >>> rows = [{"person": person, "family": family} for person, family in (("a/1", None), ("a/1", "b/F"), ("c/1", "b/F"), ("c/1", "a/G"), ("d/1", None))]
+    >>> merge_families(rows)
+    >>> [row["family"] for row in rows]
+    ['a/G', 'a/G', 'a/G', 'a/G', None]
+    """
+    of_person: dict[str, set[str]] = {}
+    for row in rows:
+        if row["family"]:
+            of_person.setdefault(row["person"], set()).add(row["family"])
+    named = [{"row": row, "person": min(of_person[row["person"]])} for row in rows if row["person"] in of_person]
+    merge_people(named, of_person.values())
+    for one in named:
+        one["row"]["family"] = one["person"]
+
+
 def _rank(name: str) -> tuple[bool, str]:
     return not name.startswith(KNOWN), name
 

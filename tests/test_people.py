@@ -159,6 +159,27 @@ def test_same_voxels_are_one_person(tmp_path, monkeypatch):
     assert merged[:5] == ["merged", "1.0", "the same voxels", "a_sub-1", "b_sub-1"] and review[0] == "review"
 
 
+def test_ties_reach_through_scans_that_get_no_role(tmp_path, monkeypatch):
+    """b/1, without labels, is a/1 by one scan and c/1 by another; e/1, without labels, is d/1 by voxels and of e/2's family."""
+    monkeypatch.chdir(tmp_path)
+    seen = [("a", "1", "v", None), ("b", "1", "v", None), ("b", "1", "w", None), ("c", "1", "w", None),
+            ("d", "1", "u", None), ("e", "1", "u", "e/F"), ("e", "2", "t", "e/F"), *((name, "9", name, None) for name in "acde")]  # fmt: skip
+    rows = [scan(name, who, scan_id=f"{name}{who}{place}", site=name, place=name, scanner=name, family=family)
+            for place, (name, who, _, family) in enumerate(seen)]  # fmt: skip
+    samples = [described(row, None, voxels) | {"status": "ok", "native_affine": np.eye(4).ravel().tolist()}
+               | {"label_sources": [] if row["scan_id"] in ("b11", "b12", "e15") else ["aseg"]} for row, (*_, voxels, _) in zip(rows, seen, strict=True)]  # fmt: skip
+    write_table(split.SCANS_TABLE, "scans", rows)
+    write_table(split.SAMPLES_TABLE, "samples", samples)
+    (tmp_path / "params.yaml").write_text("index: {roots: [roots]}\nsplit: {folds: 2}\n")
+    split.main()
+    roles = read_table(split.SPLIT_TABLE, "split").to_pylist()
+    for fold in (0, 1):
+        role = {row["scan_id"]: row["role"] for row in roles if row["fold"] == fold}
+        assert len(role) == 8
+        for one, two in (("a10", "c13"), ("d14", "e26")):
+            assert len({role[one], role[two]} - {"excluded"}) == 1, role
+
+
 def test_pairs_in_blocks_are_those_of_one_product():
     numbers = np.random.default_rng(1).integers(-9, 9, (23, 40)).astype(np.int8)
     unit = numbers / np.linalg.norm(numbers.astype(float), axis=1, keepdims=True)
