@@ -103,7 +103,8 @@ def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
 def merge_families(rows: Iterable[dict]) -> None:
     """Give ``rows`` of a person the family that any of them names, and families that a person ties together one name.
 
-    >>> rows = [{"person": person, "family": family} for person, family in (("a/1", None), ("a/1", "b/F"), ("c/1", "b/F"), ("c/1", "a/G"), ("d/1", None))]
+    >>> stated = [("a/1", None), ("a/1", "b/F"), ("c/1", "b/F"), ("c/1", "a/G"), ("d/1", None)]
+    >>> rows = [{"person": person, "family": family} for person, family in stated]
     >>> merge_families(rows)
     >>> [row["family"] for row in rows]
     ['a/G', 'a/G', 'a/G', 'a/G', None]

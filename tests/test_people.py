@@ -166,8 +166,10 @@ def test_ties_reach_through_scans_that_get_no_role(tmp_path, monkeypatch):
             ("d", "1", "u", None), ("e", "1", "u", "e/F"), ("e", "2", "t", "e/F"), *((name, "9", name, None) for name in "acde")]  # fmt: skip
     rows = [scan(name, who, scan_id=f"{name}{who}{place}", site=name, place=name, scanner=name, family=family)
             for place, (name, who, _, family) in enumerate(seen)]  # fmt: skip
-    samples = [described(row, None, voxels) | {"status": "ok", "native_affine": np.eye(4).ravel().tolist()}
-               | {"label_sources": [] if row["scan_id"] in ("b11", "b12", "e15") else ["aseg"]} for row, (*_, voxels, _) in zip(rows, seen, strict=True)]  # fmt: skip
+    samples = [described(row, None, voxels) for row, (*_, voxels, _) in zip(rows, seen, strict=True)]
+    for row in samples:
+        sources = [] if row["scan_id"] in ("b11", "b12", "e15") else ["aseg"]
+        row |= {"status": "ok", "native_affine": np.eye(4).ravel().tolist(), "label_sources": sources}
     write_table(split.SCANS_TABLE, "scans", rows)
     write_table(split.SAMPLES_TABLE, "samples", samples)
     (tmp_path / "params.yaml").write_text("index: {roots: [roots]}\nsplit: {folds: 2}\n")
