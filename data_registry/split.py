@@ -183,7 +183,7 @@ def _notes(roles: dict[str, str], unit_of: dict[str, str]) -> list[str]:
     for role in ("train", "val", "internal_test"):
         people = len({unit_of[scan_id] for scan_id, r in roles.items() if r == role})
         if people < FEW_PEOPLE:
-            notes.append(f"{role} has {people} people: too few for a figure to mean much" if people else f"no people for {role}")
+            notes.append(f"{role} has one person: too few for a figure to mean much" if people else f"no people for {role}")
     return notes
 
 
