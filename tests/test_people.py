@@ -58,6 +58,17 @@ def test_a_rule_that_matches_nobody_or_names_nothing(caplog):
     assert not caplog.records and persons(rows) == ["one/12", "two/x"]
 
 
+def test_rules_reach_through_who_is_not_there():
+    """12 of one was withdrawn, 13 is known by a table alone; two and three have scans of both."""
+    one = [SamePeople(database="one", subject=r"\w(\d+)", theirs=r"\1")]
+    rows = [scan(name, f"{name[0]}{number}") for number in (12, 13, 14) for name in ("two", "three")] + [scan("one", "15"), scan("four", "7")]
+    databases = {name: database(name, *one * (name[0] == "t")) for name in ("one", "two", "three", "four")}
+    name_people(rows[:-2], databases, {})
+    assert persons(rows) == [f"three/t{number}" for number in (12, 12, 13, 13, 14, 14)] + ["one/15", "four/7"]
+    name_people(rows, databases, {("one", "13"): "anna", ("four", "7"): "anna"})
+    assert persons(rows)[2:4] == ["person:anna"] * 2 and rows[-1]["person"] == "person:anna"
+
+
 def test_every_rule_of_the_catalogue_names_a_database_of_it():
     for entry in catalogues.catalogue().values():
         assert {rule.database for rule in entry.same_people} <= set(catalogues.catalogue()) - {entry.name}, entry.name
