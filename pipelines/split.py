@@ -52,7 +52,7 @@ def main() -> None:
         done = "get one role" if "suspected" in params.split.guards else "are not kept apart"
         general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
     if missing := people["scans_not_described"]:
-        why = "no brain was found in them" if any(row["likeness"] for row in samples) else "harmonise.likeness is off, the grid too coarse, or no brain found"
+        why = "no brain was found in them" if any(row["likeness"] for row in samples) else "likeness off, grid too coarse, or no brain found"
         general.append(f"{PEOPLE_TABLE}: {missing} of {len(samples)} scans are compared with none by their heads ({why})")
     for line in general:  # before a refusal, which they may explain
         log.warning(line)
