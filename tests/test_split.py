@@ -44,11 +44,11 @@ def databases(draw) -> list[dict]:
         scan(
             index,
             f"place{draw(st.integers(0, 5)) if index > 1 else index}",
-            person=f"p{draw(st.integers(0, 25))}",
-            family=draw(st.sampled_from([None, None, "f1", "f2"])),
-            t1w_sha256=f"h{draw(st.integers(0, 60))}",
-            suspected=draw(st.sampled_from([None, None, None, "u1", "u2"])),
-            scanner=draw(st.sampled_from([None, "x", "y", f"own{index}"])),
+            person=f"p{draw(st.integers(0, 60))}",
+            family=draw(st.sampled_from([None] * 9 + ["f1", "f2", "f3"])),
+            t1w_sha256=f"h{draw(st.integers(0, 120))}",
+            suspected=draw(st.sampled_from([None] * 9 + ["u1", "u2", "u3"])),
+            scanner=draw(st.sampled_from([None, "x", *[f"own{index}"] * 12])),
         )
         for index in range(number)
     ]
