@@ -198,6 +198,18 @@ def test_nobody_left_to_train_on_is_an_error():
         split.compile_split(scans, Split())
 
 
+@pytest.mark.parametrize("val_share", [0.15, 0.9])
+def test_nobody_is_refused_while_somebody_can_be_trained_on(val_share):
+    """Of place1 all but one were scanned on place0's machine: the one is trained on, not tested, and val takes nobody who is left out."""
+    scans = [scan(i, "place0", scanner="x") for i in range(4)] + [scan(i, "place1", scanner="x") for i in range(4, 8)] + [scan(8, "place1")]
+    rows, notes = split.compile_split([*scans, scan(9, "place2"), scan(10, "place2")], Split(folds=3, val_share=val_share))
+    fold = next(row["fold"] for row in rows if row["group"] == "place0" and row["role"] == "external_test")
+    assert "no people for val" not in notes[fold] and "train" in roles(rows, fold).values()
+    chosen = Split(holdout=("place0",), val_share=val_share, internal_share=0.5)
+    rows, _ = split.compile_split(scans, chosen)
+    assert roles(rows, 0)["s008"] == "train"
+
+
 def test_too_few_people_are_said():
     scans = [scan(i, "big") for i in range(5)] + [scan(5, "small"), scan(6, "tiny")]
     rows, notes = split.compile_split(scans, Split())
