@@ -13,11 +13,13 @@ group's machines out of training.
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data_registry.errors import InputError
 from data_registry.params import Split, fingerprint
+from data_registry.schema import read_table, table_metadata
 
 ROLES = ("train", "val", "internal_test", "external_test", "excluded")
 _PEOPLE_GUARDS = {"person": "person", "family": "family", "content": "t1w_sha256", "suspected": "suspected"}
@@ -230,6 +232,14 @@ def resolution(native_affine: Sequence[float]) -> str:
 def split_hash(rows: list[dict]) -> str:
     """Hash of who has which role in which fold."""
     return fingerprint(sorted([row["fold"], row["scan_id"], row["role"]] for row in rows))
+
+
+def data_hash(tables: Path) -> str:
+    """Hash of all that training and evaluation read in the shards: of scans that the frozen split names, whatever else the samples table holds."""
+    named = set(read_table(tables / "split.parquet", "split")["scan_id"].to_pylist())
+    samples = read_table(tables / "samples.parquet", "samples").select(["scan_id", "shard_sha256", "row_group"]).to_pylist()
+    rows = sorted([row["scan_id"], row["shard_sha256"], row["row_group"]] for row in samples if row["scan_id"] in named)
+    return fingerprint(rows, table_metadata(tables / "samples.parquet").get("preparation"))
 
 
 def _draw(seed: int, name: str) -> str:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from data_registry import split
 from data_registry.errors import InputError
 from data_registry.params import Split
+from data_registry.schema import write_table
 
 
 def scan(index: int, place: str, **changes) -> dict:
@@ -208,6 +209,20 @@ def test_nobody_is_refused_while_somebody_can_be_trained_on(val_share):
     chosen = Split(holdout=("place0",), val_share=val_share, internal_share=0.5)
     rows, _ = split.compile_split(scans, chosen)
     assert roles(rows, 0)["s008"] == "train"
+
+
+def test_the_data_is_what_the_split_names(tmp_path):
+    """A scan without labels, or one that cannot be read, has nobody trained again."""
+
+    def digest(*samples: tuple, note: str | None = None) -> str:
+        rows = [{"scan_id": name, "shard_sha256": shard, "row_group": 0} for name, shard in samples]
+        write_table(tmp_path / "samples.parquet", "samples", rows, metadata={"preparation": note} if note else {})
+        return split.data_hash(tmp_path)
+
+    write_table(tmp_path / "split.parquet", "split", [{"fold": fold, "scan_id": name} for fold in (0, 1) for name in "ab"])
+    first = digest(("a", "x"), ("b", "y"))
+    assert digest(("b", "y"), ("unlabelled", "z"), ("quarantined", None), ("a", "x")) == first
+    assert len({first, digest(("a", "x"), ("b", "z")), digest(("a", "x")), digest(("a", "x"), ("b", "y"), note="n4")}) == 4
 
 
 def test_too_few_people_are_said():
