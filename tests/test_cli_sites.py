@@ -54,6 +54,8 @@ def test_words_of_the_table_and_accents_are_found_too():
     for words in (("--country", "usa"), ("--country", "UK"), ("--access", "register"), ("--place", "universite de montreal")):
         assert json.loads(output("list", *words, "--format", "json"))
     assert refused("list", "--place", "montreal").endswith(" is wanted, as in Montreal Neurological Institute; Université de Montréal")
+    assert refused("list", "--place", "nyu") == "--place nyu: no site has it; sites of that name are at New York University"
+    assert refused("list", "--place", "UM").endswith(" are at University of Michigan; Université de Montréal")
 
 
 def test_narrow_terminals_and_those_without_letters(tmp_path):
