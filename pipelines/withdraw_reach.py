@@ -108,6 +108,8 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
         except InputError as error:
             lines.append(f"cannot be looked into: {error}")
     labels = labels_folder(params.index)
+    fetched = Path("data", gone.database)  # as fetch puts it, index reading it or not
+    folders += [fetched] if fetched.is_dir() and fetched.resolve() not in [folder.resolve() for folder in folders] else []
     folders += [labels / gone.database] if labels and (labels / gone.database).is_dir() else []
     if not gone.subjects:
         return lines + [f"rm -r {shlex.quote(str(folder))}" for folder in folders]

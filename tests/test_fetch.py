@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from data_registry.catalogue_schema import LabelSource
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
-from pipelines import fetch_routes, fetch_terms
+from pipelines import fetch_routes, fetch_terms, fetch_transfer
 from pipelines import index as indexing
 from pipelines.fetch import Choice, Network, fetch
 from pipelines.fetch_choice import find_files, find_parts
@@ -458,6 +459,23 @@ def test_a_disk_without_room(mirror, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.value.filename == f"data/small/{T1W}" and not Path("data/small", T1W).exists()
+    assert get(mirror) == {} and there() == WANTED
+
+
+def test_a_run_that_fails_leaves_no_worker_behind(mirror, monkeypatch):
+    bring, threads = fetch_transfer._Fetching._bring, threading.active_count()
+
+    def full(self, file, part):
+        if file.path == T1W:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.2)
+        bring(self, file, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_transfer._Fetching, "_bring", full)
+        with pytest.raises(OSError, match="No space left"):
+            get(mirror)
+    assert threading.active_count() == threads
     assert get(mirror) == {} and there() == WANTED
 
 

@@ -343,6 +343,15 @@ def test_a_slip_of_the_pen_withdraws_nothing(copy, database, subjects, words):
     assert not Path("withdrawn.tsv").exists()
 
 
+def test_what_was_fetched_and_is_not_indexed_is_told_too(copy, capsys):
+    add_subject(Path("data/ixi"), "IXI002Guys0828", seed=1)
+    withdraw.withdraw("ixi", ["IXI002Guys0828"], "asked for it")
+    assert "  rm -r data/ixi/sub-IXI002Guys0828\n" in capsys.readouterr().out
+    Path("params.yaml").write_text(PARAMS.replace("[roots]", "[data/ixi]"))
+    withdraw.withdraw("ixi", [], "asked for it")
+    assert capsys.readouterr().out.count("rm -r data/ixi\n") == 1
+
+
 def test_a_person_of_a_database_that_is_not_here_yet(copy, caplog):
     with caplog.at_level("WARNING", "lodbrain"):
         withdraw.withdraw("ixi", ["IXI002Guys0828"], "asked for it")
