@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_heads import add_subject
+from small_heads import CHECKOUT, add_subject
 
 from data_registry import shards
 from data_registry.errors import InputError
@@ -114,6 +114,20 @@ def test_stopped_at_any_moment_it_goes_on(copy, monkeypatch, step):
         with pytest.raises(KeyboardInterrupt):
             withdraw.withdraw("alpha", [GONE], "asked for it")
     assert withdrawn().has("alpha", GONE)  # first of all
+    withdraw.withdraw("alpha", [GONE], "asked for it")
+    assert files("shards") | files("tables") == expected(copy)
+
+
+def test_stopped_because_nobody_reads_what_it_says(copy):
+    """As behind `| head -1`."""
+    command = [sys.executable, "-m", "pipelines.withdraw", "alpha", "--subject", GONE, "--reason", "asked for it"]
+    read, write = os.pipe()
+    os.close(read)
+    done = run_for_real(command, stdout=write, stderr=-1, text=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=False)
+    os.close(write)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+    assert told == ["error: stopped, as who read the output is gone; what is complete is kept, run the same command again to go on"]
+    assert done.returncode == 2 and withdrawn().has("alpha", GONE)
     withdraw.withdraw("alpha", [GONE], "asked for it")
     assert files("shards") | files("tables") == expected(copy)
 
