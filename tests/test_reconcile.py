@@ -244,6 +244,7 @@ def test_scanners(tmp_path, reconcile):
     assert (taken["scans"], taken["expected"], taken["scan"]) == ("2", "TrioTim", "db_sub-03")
     (odd,) = [row for row in found if row["kind"] == "contradicting sidecars" and row["field"] == "field_strength_tesla"]
     assert (odd["found"], odd["done"]) == ("1.5 (1), 3 (1)", "each scan keeps its own")
+    assert (odd["scan"], odd["file"]) == ("db_sub-01", "sub-01/anat/sub-01_T1w.json")
     assert next(row for row in found if row["subject"] == "02" and row["field"] == "model")["file"] == "sub-02/anat/sub-02_T1w.json"
 
 
