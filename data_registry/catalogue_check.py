@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_registry.catalogue import canonical_manufacturer
 from data_registry.catalogue_schema import Database
+from data_registry.readings import read_field_strength
 
 _ROWS = Path(__file__).parent / "catalogue" / "lod_brain_rows.tsv"
 ALIKE = 0.92
@@ -32,7 +33,7 @@ def lod_brain_table() -> dict[str, int]:
 def findings(entries: Iterable[Entry], *, whole: bool) -> list[tuple[str, str]]:
     """(file, what is implausible), a line each; ``whole``: rows of LOD-Brain's table that no entry stands for are found too."""
     entries = list(entries)
-    checks = (_names, _sums, _makers, _scanners, _places, _models)
+    checks = (_names, _sums, _makers, _strengths, _scanners, _places, _models)
     found = [finding for check in checks for finding in check(entries)]
     return found + list(_lod_brain(entries, whole=whole))
 
@@ -69,6 +70,14 @@ def _makers(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     for file, where, site in _sites(entries):
         if canonical_manufacturer(site.manufacturer) != site.manufacturer:
             yield file, f"{where}.manufacturer: {site.manufacturer!r} came; {canonical_manufacturer(site.manufacturer)!r} is wanted"
+
+
+def _strengths(entries: list[Entry]) -> Iterator[tuple[str, str]]:
+    """As index writes a sidecar's, which else would contradict it."""
+    for file, where, site in _sites(entries):
+        reading = read_field_strength(site.field_strength_tesla)
+        if reading.kind == "rounded":
+            yield file, f"{where}.field_strength_tesla: {site.field_strength_tesla:g} came; {reading.value}, as it is sold, is wanted"
 
 
 def _scanners(entries: list[Entry]) -> Iterator[tuple[str, str]]:

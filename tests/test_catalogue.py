@@ -222,7 +222,8 @@ def test_a_value_without_a_source_is_refused_and_with_the_mark_counts_as_missing
             {"documents": {"d": "letter 2026-03-01, A. Doe, kept by us"}, "sources": {"licence": "d", "redistribute.weights": "d"}},
             "sources.licence: 'd' came, a letter; that is a source of redistribute.weights alone",
         ),
-        ({"documents": {"d": "a letter"}}, "documents.d: 'a letter' came"),
+        ({"documents": {"d": "a letter"}}, "documents.d: 'a letter' came; https://…, doi:10.…/… or 'letter YEAR-MONTH-DAY, who wrote it, who keeps"),
+        ({"documents": {"d": "letter 2026-3-1, A. Doe"}}, "documents.d: 'letter 2026-3-1, A. Doe' came; https://"),
         ({"unverified": ["licences"]}, "unverified: 'licences' came, no field of whole"),
         ({"unverified": ["licence"]}, "unverified: 'licence' came, which has a source too"),
     ],
@@ -388,6 +389,7 @@ def entry(name="own", **sites) -> tuple[str, Database]:
         ),
         ({"place": "P", "scanner": "s"}, {"place": "Q", "scanner": "s"}, "sites.B.place: 'Q' came for scanner s; 'P'"),
         ({"place": "P"}, {"place": "P", "manufacturer": "SIEMENS"}, "sites.B.manufacturer: 'SIEMENS' came; 'Siemens' is wanted"),
+        ({"place": "P"}, {"place": "P", "field_strength_tesla": 2.89}, "sites.B.field_strength_tesla: 2.89 came; 3.0, as it is sold, is wanted"),
     ],
 )
 def test_entries_that_contradict_each_other(first, second, line):
