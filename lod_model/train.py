@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_registry import protocol
 from data_registry.errors import InputError, run_stage
-from data_registry.files import replacing, sha256
+from data_registry.files import replacing
 from data_registry.params import Params, Train, fingerprint, load_params
 from data_registry.schema import table_metadata
+from data_registry.split import data_hash
 from lod_model import checkpoints, preempt, processes, readers
 from lod_model.data import TABLES, Scan, all_folds, preparation
 from lod_model.fit import Account, fit
@@ -120,7 +121,7 @@ def training_identity(network: str, params: Params) -> str:
 
 def tracking_tags() -> dict[str, str]:
     """Hashes of the split and of the data, as MLflow's runs carry them."""
-    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": sha256(TABLES / "samples.parquet")}
+    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": data_hash(TABLES)}
 
 
 def run_key(run: str, identity: str, fold: int | None = None) -> str:

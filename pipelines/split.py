@@ -11,6 +11,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.ledgers import withdrawn
 from data_registry.params import load_params
+from data_registry.people import merge_families
 from data_registry.schema import read_table, write_table
 from pipelines.harmonise import SAMPLES_TABLE
 from pipelines.index import SCANS_TABLE
@@ -33,28 +34,35 @@ def main() -> None:
     labelled = [row for row in samples if set(row["label_sources"]) & set(wanted)]
     failed = _failed(labelled) if params.split.quality == "exclude_fail" else {}
     labelled = [row for row in labelled if row["scan_id"] not in failed]
-    usable = [scans[row["scan_id"]] | {"resolution": split.resolution(row["native_affine"])} for row in labelled]
+    usable = [scans[row["scan_id"]] for row in labelled]
+    for scan, row in zip(usable, labelled, strict=True):
+        scan["resolution"] = split.resolution(row["native_affine"])
     unlabelled = [row for row in samples if not set(row["label_sources"]) & set(wanted)]
     if failed and not usable:
         raise InputError(f"{QUALITY_TABLE}: the verdict on all {len(failed)} labelled scans is fail; a scan is wanted (or split.quality: report)")
     if not usable:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
-    findings, people = find_people(usable, labelled, {row["database"]: find_database(row["database"]) for row in usable})
+    everybody = [row for row in scans.values() if not gone.has_scan(row["scan_id"])]  # ties reach through scans that get no role, too
+    findings, people = find_people(everybody, samples, {name: find_database(name) for name in {row["database"] for row in everybody}})
+    merge_families(everybody)
     write_findings(findings)  # also for who must look at them since the split is refused
-    rows, notes = split.compile_split(usable, params.split)
-    proof = split.prove(rows, usable, params.split)
-    assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
     general = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     general += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
     if people["review"]:
         done = "get one role" if "suspected" in params.split.guards else "are not kept apart"
         general.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
     if missing := people["scans_not_described"]:
-        why = "no brain was found in them" if any(row["likeness"] for row in labelled) else "harmonise.likeness is off, or no brain was found"
-        general.append(f"{PEOPLE_TABLE}: {missing} of {len(labelled)} scans are compared with none by their heads ({why})")
+        why = "no brain was found in them" if any(row["likeness"] for row in samples) else "likeness off, grid too coarse, or no brain found"
+        general.append(f"{PEOPLE_TABLE}: {missing} of {len(samples)} scans are compared with none by their heads ({why})")
+    for line in general:  # before a refusal, which they may explain
+        log.warning(line)
+    rows, notes = split.compile_split(usable, params.split)
+    proof = split.prove(rows, usable, params.split)
+    assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
     folds = len(notes)
     if not params.split.holdout and folds < params.split.folds:
         general.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
+        log.warning(general[-1])
     digest = split.split_hash(rows)
     content = {
         "split_hash": digest,
@@ -76,7 +84,7 @@ def main() -> None:
     write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
     with replacing(SPLIT_PROOF) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for line in [*general, *(f"fold {fold}: {note}" for fold, these in enumerate(notes) for note in these)]:
+    for line in (f"fold {fold}: {note}" for fold, these in enumerate(notes) for note in these):
         log.warning(line)
     log.info("%s: %d folds over %d scans, hash %s, no leak in %d checks", SPLIT_TABLE, folds, len(usable), digest[:12], len(proof))
 

@@ -212,6 +212,7 @@ def volumes(ml: dict, **other) -> dict:
         ({"head_cut_cm2": [397, 0, 0, 40, 0, 0]}, None, "fail", "397 cm²"),
         ({"head_cut_cm2": [550, 540, 400, 390, 390, 390]}, None, "fail", "no head stands out"),
         ({"asymmetry": -0.2}, None, "review", "the right side's labels are 20% larger"),
+        ({"asymmetry": 0.104}, None, "review", "the left side's labels are 10.4% larger than the other's; at most 10% is expected"),
         ({"left_mm": -50.0}, None, "fail", "50 mm to the right"),
         (volumes(ADULT), 30, "pass", ""),
         (volumes(ADULT), None, "pass", ""),
@@ -222,7 +223,7 @@ def volumes(ml: dict, **other) -> dict:
         (volumes(YEARLING), 1, "pass", ""),
         (volumes(ADULT, ventricles=200), 80, "pass", ""),
         (volumes(ADULT, ventricles=200), 10, "review", "the ventricles have 200 mL; 1 to 100 mL are expected of 10 years"),
-        (volumes(ADULT, cerebellum=0), 30, "review", "cerebellum is 0.0% of the labelled brain; 5% to 20% are expected"),
+        (volumes(ADULT, cerebellum=0), 30, "review", "cerebellum is 0% of the labelled brain; 5% to 20% are expected"),
     ],
 )  # fmt: skip
 def test_each_rule(figures, age, verdict, words):
@@ -400,7 +401,7 @@ def test_the_split_leaves_out_what_fails_only_if_asked(project):
     assert {one["scan_id"] for one in read_table(split.SPLIT_TABLE, "split").to_pylist()} == {"db_sub-01", "db_sub-02"}
     notes = json.loads(split.SPLIT_PROOF.read_text())["notes"]
     assert "db_sub-00: left out, its quality fails: it is dark" in notes
-    assert "tables/people.tsv: 2 of 2 scans are compared with none by their heads (harmonise.likeness is off, or no brain was found)" in notes
+    assert "tables/people.tsv: 3 of 3 scans are compared with none by their heads (likeness off, grid too coarse, or no brain found)" in notes
     write_table(stage.QUALITY_TABLE, "quality", [rows[0], rows[1] | {"shard_sha256": "other"}, rows[2]])
     with pytest.raises(InputError, match="not about db_sub-01 as it stands in tables/samples.parquet; run `python -m pipelines.quality` again"):
         split.main()
