@@ -8,7 +8,6 @@ A database that is not in the catalogue is one site named after it (and one plac
 """
 
 import functools
-import re
 from pathlib import Path
 
 import yaml
@@ -20,27 +19,6 @@ from data_registry.errors import InputError
 
 __all__ = ["NAME_PATTERN", "Database", "SamePeople", "Site", "SiteRule"]
 _FOLDER = Path(__file__).parent / "catalogue"
-
-_MANUFACTURERS = {
-    "siemens": "Siemens", "philips": "Philips", "phillips": "Philips", "phllips": "Philips", "ge": "GE", "g.e.": "GE", "gems": "GE",
-    "general electric": "GE", "generalelectric": "GE", "toshiba": "Canon", "canon": "Canon", "hitachi": "Hitachi", "fujifilm": "Fujifilm",
-    "uih": "United Imaging", "united imaging": "United Imaging", "shanghai united imaging": "United Imaging", "bruker": "Bruker",
-    "hyperfine": "Hyperfine", "esaote": "Esaote", "neusoft": "Neusoft", "varian": "Varian", "agilent": "Agilent", "marconi": "Marconi",
-    "picker": "Picker", "elscint": "Elscint",
-}  # fmt: skip
-MANUFACTURERS = frozenset(_MANUFACTURERS.values())
-"""The spellings that :func:`canonical_manufacturer` makes."""
-
-
-@functools.cache
-def canonical_manufacturer(name: str | None) -> str | None:
-    """One spelling a maker; a name that is not known stays as it came.
-
-    >>> canonical_manufacturer("SIEMENS"), canonical_manufacturer("GE MEDICAL SYSTEMS"), canonical_manufacturer("Gefen")
-    ('Siemens', 'GE', 'Gefen')
-    """
-    lower = " ".join((name or "").replace("_", " ").casefold().split())
-    return next((maker for alias, maker in _MANUFACTURERS.items() if re.match(rf"{re.escape(alias)}(?!\w)", lower)), name)
 
 
 def unknown_database(name: str) -> Database:

@@ -1,15 +1,14 @@
 """What only the entries of a catalogue together can show to be wrong."""
 
-import csv
 import difflib
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_registry.catalogue import canonical_manufacturer
 from data_registry.catalogue_schema import Database
+from data_registry.readings import canonical_manufacturer, folded, letters_of_model
+from data_registry.tsv import read_tsv
 
 _ROWS = Path(__file__).parent / "catalogue" / "lod_brain_rows.tsv"
 ALIKE = 0.92
@@ -25,8 +24,7 @@ def lod_brain_table() -> dict[str, int]:
     >>> len(lod_brain_table()), sum(lod_brain_table().values())
     (78, 26171)
     """
-    with open(_ROWS, encoding="utf-8", newline="") as handle:
-        return {row["id"]: int(row["scans"]) for row in csv.DictReader(handle, delimiter="\t")}
+    return {row["id"]: int(row["scans"]) for row in read_tsv(_ROWS)[1]}
 
 
 def findings(entries: Iterable[Entry], *, whole: bool) -> list[tuple[str, str]]:
@@ -89,7 +87,7 @@ def _places(entries: list[Entry]) -> Iterator[tuple[str, str]]:
 
 
 def _models(entries: list[Entry]) -> Iterator[tuple[str, str]]:
-    yield from _spelled_two_ways(entries, "model", lambda name: re.sub(r"magnetom|\W|_", "", name.casefold()), 1.0)
+    yield from _spelled_two_ways(entries, "model", letters_of_model, 1.0)
 
 
 def _words(name: str) -> str:
@@ -98,8 +96,7 @@ def _words(name: str) -> str:
     >>> _words("University of Montréal") == _words("Montreal, University")
     True
     """
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().casefold()
-    return " ".join(sorted(set(re.findall(r"\w+", plain)) - {"of", "the", "and", "at", "in", "for", "de"}))
+    return " ".join(sorted(set(re.findall(r"\w+", folded(name))) - {"of", "the", "and", "at", "in", "for", "de"}))
 
 
 def _spelled_two_ways(entries: list[Entry], field: str, plainly, alike: float) -> Iterator[tuple[str, str]]:

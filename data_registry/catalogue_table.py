@@ -5,10 +5,8 @@ pyarrow, and the schema that is written in it, are imported where a file is writ
 
 import csv
 import difflib
-import functools
 import io
 import json
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.readings import folded
 
 SHORT = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree"}
 """As the table for a terminal has them."""
@@ -86,9 +85,9 @@ def _offer(cells: list, value: str) -> str:
     there = sorted({one for cell in cells for one in _values(cell)}, key=str)
     if len(there) <= NAMED:
         return f"one of {', '.join(map(str, there))} is wanted"
-    plain = {str(one): _plain(one) for one in there}
-    alike = [one for one, of in plain.items() if _plain(value) in of]
-    alike = alike or [one for of in difflib.get_close_matches(_plain(value), plain.values()) for one in plain if plain[one] == of]
+    plain = {str(one): folded(str(one)) for one in there}
+    alike = [one for one, of in plain.items() if folded(value) in of]
+    alike = alike or [one for of in difflib.get_close_matches(folded(value), plain.values()) for one in plain if plain[one] == of]
     return f"one of {len(there)} is wanted" + f", as in {'; '.join(alike[:NAMED])}" * bool(alike)
 
 
@@ -97,12 +96,7 @@ def _values(cell: object) -> list:
 
 
 def _same(cell: object, value: str | float) -> bool:
-    return any(_plain(value) in (_plain(one), _plain(SHORT.get(one, one))) for one in _values(cell))
-
-
-@functools.cache
-def _plain(value: object) -> str:
-    return "".join(letter for letter in unicodedata.normalize("NFKD", str(value)) if not unicodedata.combining(letter)).casefold()
+    return any(folded(str(value)) in (folded(str(one)), folded(str(SHORT.get(one, one)))) for one in _values(cell))
 
 
 def as_tsv(rows: list[dict]) -> str:

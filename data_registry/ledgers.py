@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.tsv import read_tsv
 
 LICENCES = Path("licences.tsv")
 WITHDRAWN = Path("withdrawn.tsv")
@@ -87,13 +88,9 @@ def accepted_licences(path: Path = LICENCES) -> dict[str, dict[str, str]]:
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """These columns of a table; no rows if there is no such file."""
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), delimiter="\t")
-        rows = list(reader)
-    except FileNotFoundError:
+    if not path.exists():
         return []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
-    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+    header, rows = read_tsv(path)
+    if missing := [column for column in columns if column not in header]:
         raise InputError(f"{path}: column {missing[0]} is missing; {', '.join(columns)}, with tabs between, are wanted")
     return [{column: (row[column] or "").strip() for column in columns} for row in rows]

@@ -4,7 +4,6 @@ A person's name is ``<database>/<subject>``, or ``person:<name>`` where a table 
 ``pipelines.index`` and ``pipelines.people``; all of it ends in one call, :func:`merge_people`.
 """
 
-import csv
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from data_registry.catalogue import Database, SamePeople, catalogue
 from data_registry.errors import InputError
+from data_registry.tsv import read_tsv
 
 log = logging.getLogger("lodbrain.people")
 COLUMNS = ("database", "subject", "person")
@@ -23,12 +23,7 @@ def read_people(tables: Sequence[Path]) -> dict[tuple[str, str], str]:
     subject with two names."""
     known: dict[tuple[str, str], str] = {}
     for table in tables:
-        try:
-            with open(table, encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle, delimiter="\t")
-                header, rows = reader.fieldnames or [], list(reader)
-        except (OSError, UnicodeError, csv.Error) as error:
-            raise InputError(f"{table}: cannot be read ({error}); a table in UTF-8 with tabs is wanted (index.people)") from None
+        header, rows = read_tsv(table)
         if set(COLUMNS) - set(header):
             raise InputError(f"{table}: its columns are {', '.join(header) or 'none'}; {', '.join(COLUMNS)} are wanted")
         for line, row in enumerate(rows, 2):

@@ -5,7 +5,6 @@ side, a site's inherited sidecar goes into each of its subjects' folders, and it
 :func:`join_participants` makes one table with the site as a column.
 """
 
-import csv
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from data_registry.catalogue import Database
 from data_registry.errors import InputError
-from data_registry.files import replacing
 from data_registry.label_sources import FREESURFER_FILES, LABEL_GLOBS
+from data_registry.tsv import write_tsv
 from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import rows_by_subject, subject_of
 from pipelines.fetch_routes import Entry, Route, safe
@@ -217,10 +216,7 @@ def join_participants(root: Path, database: Database, parts: Iterable[Part], wit
             row = told.get(subject, {}) | {"participant_id": f"sub-{subject}"}
             header |= dict.fromkeys(row)
             joined[subject] = row | {column: _site_of(part, row, database)}
-    with replacing(root / "participants.tsv") as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, list(header), restval="n/a", delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(joined[subject] for subject in sorted(joined))
+    write_tsv(root / "participants.tsv", list(header), [joined[subject] for subject in sorted(joined)], missing="n/a")
 
 
 def _rows(part: Part, content: bytes, where: str) -> dict[str, dict]:

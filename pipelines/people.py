@@ -5,7 +5,6 @@ every other suspicion goes to ``tables/people.tsv`` for somebody to look at; unt
 role (guard ``suspected``). An answer is a line for each of the two in a table of ``index.people``: the same name, or two different ones.
 """
 
-import csv
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from data_registry.catalogue import Database
-from data_registry.files import replacing
 from data_registry.likeness import STRANGERS, pairs_above, sure_above
 from data_registry.people import known_apart, merge_people, share_people
+from data_registry.tsv import write_tsv
 
 log = logging.getLogger("lodbrain.people")
 PEOPLE_TABLE = Path("tables/people.tsv")
@@ -84,10 +83,7 @@ def agreement(one: dict, two: dict, databases: Mapping[str, Database]) -> tuple[
 
 def write_findings(findings: list[dict]) -> None:
     """``tables/people.tsv``, with a header alone where nothing was found; what was merged is said in the log, too."""
-    with replacing(PEOPLE_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in finding.items()} for finding in findings)
+    write_tsv(PEOPLE_TABLE, COLUMNS, findings)
     for finding in findings:
         if finding["verdict"] == "merged":
             log.warning("%s and %s: taken as one person (%s)", finding["scan_a"], finding["scan_b"], finding["why"])

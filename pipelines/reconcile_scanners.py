@@ -1,11 +1,10 @@
 """Maker, model and field strength: the sidecar's where it is clear, else the catalogue's; sidecars of one site beside each other."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-from data_registry.catalogue import MANUFACTURERS, Site, canonical_manufacturer
-from data_registry.readings import Reading, is_empty, read_field_strength
+from data_registry.catalogue import Site
+from data_registry.readings import MANUFACTURERS, Reading, canonical_manufacturer, is_empty, letters_of, letters_of_model, read_field_strength
 from pipelines.notes import Notes
 
 MM = 0.05
@@ -101,7 +100,7 @@ def _read(field: str, written: object, expected: object) -> Reading:
         return read_field_strength(written)
     text = " ".join(str(written).split())
     if field == "model":
-        same = isinstance(expected, str) and _letters(expected) == _letters(text)
+        same = isinstance(expected, str) and letters_of_model(expected) == letters_of_model(text)
         return Reading(expected, "spelling", f"{expected} taken, as in the catalogue") if same and text != expected else Reading(text)
     value = canonical_manufacturer(text)
     if value not in MANUFACTURERS:
@@ -109,19 +108,10 @@ def _read(field: str, written: object, expected: object) -> Reading:
     return Reading(value) if value == written else Reading(value, "spelling", f"{value} taken")
 
 
-def _letters(model: str) -> str:
-    """Without the maker's own word for all of a family, and without blanks.
-
-    >>> _letters("MAGNETOM Trio_Tim"), _letters("DISCOVERY MR750"), _letters("Discovery")
-    ('triotim', 'mr750', 'discovery')
-    """
-    return re.sub(r"(magnetom|discovery)(?=[\W_]*[^\W_])|[\W_]", "", model.casefold())
-
-
 def _spelled_alike(values: dict[str, list[str]]) -> dict[str, list[str]]:
     """Names that differ in case, blanks and punctuation alone are one, written as the first."""
     first: dict[str, str] = {}
     merged: dict[str, list[str]] = defaultdict(list)
     for name, scans in values.items():
-        merged[first.setdefault(re.sub(r"[\W_]", "", name.casefold()), name)] += scans
+        merged[first.setdefault(letters_of(name), name)] += scans
     return merged

@@ -5,7 +5,6 @@ databases, so they *may* have seen a person. What cannot be looked into is named
 """
 
 import configparser
-import csv
 import json
 import os
 import re
@@ -139,8 +138,7 @@ def _weights(gone: Gone) -> tuple[list[str], frozenset[str]]:
     lines, hashes = [], set()
     for folder, _, files in _walked():
         if "seen.tsv" in files:
-            with open(folder / "seen.tsv", encoding="utf-8", newline="") as handle:
-                seen = [row for row in csv.DictReader(handle, delimiter="\t") if gone.these.has_scan(row["scan_id"])]
+            seen = [row for row in read_rows(folder / "seen.tsv", ("scan_id", "role")) if gone.these.has_scan(row["scan_id"])]
             if seen:
                 roles = ", ".join(f"{sum(row['role'] == role for row in seen)} scans for {role}" for role in ("train", "val"))
                 lines.append(f"{folder} saw {roles}: rm -r {shlex.quote(str(folder))}")

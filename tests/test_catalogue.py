@@ -11,13 +11,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_registry.catalogue import canonical_manufacturer, catalogue, find_database, load_database, read_database
+from data_registry.catalogue import catalogue, find_database, load_database, read_database
 from data_registry.catalogue_check import findings, lod_brain_table
 from data_registry.catalogue_schema import Ages, Database, LabelSource, LodBrainRow, Redistribution, Sexes, Site, SiteRule
 from data_registry.catalogue_sources import MUST_BE_SOURCED, standing, value_of
 from data_registry.catalogue_stats import stats
 from data_registry.catalogue_table import select, site_rows
 from data_registry.errors import InputError
+from data_registry.readings import canonical_manufacturer
 
 CORPUS = [database for database in catalogue().values() if database.corpus]
 WHOLE = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_registry.catalogue import Database, Site, SiteRule, canonical_manufacturer, unknown_database
+from data_registry.catalogue import Database, Site, SiteRule, unknown_database
 from data_registry.errors import InputError
-from data_registry.readings import canonical_licence, read_age, read_field_strength, read_sex
+from data_registry.readings import canonical_licence, canonical_manufacturer, read_age, read_field_strength, read_sex
 from data_registry.schema import CONFLICTS
 from pipelines import conflicts
 from pipelines import index as stage
