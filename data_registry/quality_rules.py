@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_registry.quality import FACES
+from data_registry.quality_head import FACES
 
 READ_WITH_DOUBT = ("left and right are not certain", "NaN or infinite voxels read as 0")
 """How warnings of :mod:`data_registry.volume` end that ask for a review; others, of a long neck or of labels of large voxels, do not."""

@@ -13,7 +13,8 @@ from urllib.parse import quote
 import numpy as np
 
 from data_registry.files import replacing
-from data_registry.quality import CLASSES, class_of_id, filled
+from data_registry.quality_head import filled
+from data_registry.quality_labels import CLASSES, class_of_id
 from data_registry.quality_rules import TOLD
 
 SIDE = 144            # pixels of a slice

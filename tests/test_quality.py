@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from small_heads import CHECKOUT, add_subject, run
 
-from data_registry import quality, quality_rules
+from data_registry import quality, quality_head, quality_labels, quality_rules
 from data_registry.errors import InputError
 from data_registry.files import sha256
 from data_registry.intensity import Preparation, above_air
@@ -61,7 +61,7 @@ def by_hand(t1w: np.ndarray, ids: np.ndarray, pair: tuple[int, int]) -> np.ndarr
 
 
 def test_tissue_figures_by_independent_arithmetic(monkeypatch):
-    monkeypatch.setattr(quality, "CUBE_MM", 1000.0)                                # one cube: then they are MRIQC's
+    monkeypatch.setattr(quality_labels, "CUBE_MM", 1000.0)                          # one cube: then they are MRIQC's
     t1w, ids = head(noise=4)
     figures, gm, wm = measured(t1w, ids), by_hand(t1w, ids, GM), by_hand(t1w, ids, WM)
     mriqc_snr = [np.median(x) / (x.std() * np.sqrt(x.size / (x.size - 1))) for x in (gm, wm)]
@@ -94,7 +94,7 @@ def test_holes_are_filled_as_by_scipy():
     generator = np.random.default_rng(2)
     for shape in ((9, 8, 7), (12, 11)):
         mask = generator.random(shape) < 0.6
-        assert np.array_equal(quality.filled(mask), ndimage.binary_fill_holes(mask)) and (quality.filled(mask) != mask).any()
+        assert np.array_equal(quality_head.filled(mask), ndimage.binary_fill_holes(mask)) and (quality_head.filled(mask) != mask).any()
 
 
 @pytest.mark.parametrize("noise", [2.0, 8.0])
@@ -164,9 +164,9 @@ def test_the_field_of_view_and_not_the_grid_cuts():
     cut, labels = t1w.copy(), ids.copy()
     cut[:, :29] = labels[:, :29] = 0
     figures = quality.measure(cut, labels, affine=LIA, native_affine=native, native_shape=(64, 35, 64))
-    areas = dict(zip(quality.FACES, figures["brain_cut_cm2"], strict=True))
+    areas = dict(zip(quality_head.FACES, figures["brain_cut_cm2"], strict=True))
     assert areas.pop("superior") == pytest.approx(np.count_nonzero(ids[:, 30]) * 0.04) and not any(areas.values())
-    assert dict(zip(quality.FACES, figures["head_cut_cm2"], strict=True))["superior"] > areas["left"]
+    assert dict(zip(quality_head.FACES, figures["head_cut_cm2"], strict=True))["superior"] > areas["left"]
     assert not any(measured(t1w, ids)["brain_cut_cm2"])
 
 
