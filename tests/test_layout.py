@@ -16,7 +16,7 @@ DOORS = {
     "mlflow": {"lod_model/tracking_store.py"},
     "nibabel": {"data_registry/volume.py"},
     "h5py": {"lod_model/weights.py"},
-    "fsspec": {"data_registry/shard_store.py", "pipelines/fetch_routes.py"},
+    "fsspec": {"data_registry/shard_store.py", "pipelines/fetch_sources.py"},
 }
 HEAVY = {"torch", "pytorch_lightning", "torchio", "monai", "mlflow", "ray", "matplotlib"}
 
