@@ -13,11 +13,10 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from data_registry.catalogue_schema import NAME_PATTERN, Database, SamePeople, Site, SiteRule, fault
+from data_registry.catalogue_schema import Database, Site, SiteRule, fault
 from data_registry.catalogue_sources import faults
 from data_registry.errors import InputError
 
-__all__ = ["NAME_PATTERN", "Database", "SamePeople", "Site", "SiteRule"]
 _FOLDER = Path(__file__).parent / "catalogue"
 
 

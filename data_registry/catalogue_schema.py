@@ -8,7 +8,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 NAME_PATTERN = r"[A-Za-z0-9_-]+"
 
 
-
 def _plain(name: str) -> str:
     if name != name.strip() or not name.isprintable():
         raise ValueError("one line without blanks at its ends is wanted")

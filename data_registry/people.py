@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_registry.catalogue import Database, SamePeople, catalogue
+from data_registry.catalogue import catalogue
+from data_registry.catalogue_schema import Database, SamePeople
 from data_registry.errors import InputError
 from data_registry.tsv import read_tsv
 

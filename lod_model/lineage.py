@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from data_registry.catalogue import Database, catalogue, find_database
+from data_registry.catalogue import catalogue, find_database
+from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing, weights_may_be_shared
 from data_registry.licences import NO_ADVICE, Verdict, in_words, judge, strictest
 from lod_model.weights import AUTHORS
 
 ROLES = ("train", "val")
 """Both have seen the data: one gave the gradients, the other chose the checkpoint."""
+
 
 def terms(database: Database) -> dict[str, Any]:
     """What the catalogue says now; ``licence_confirmed``: a document says so."""

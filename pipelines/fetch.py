@@ -14,7 +14,8 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_registry.catalogue import NAME_PATTERN, Database, find_database
+from data_registry.catalogue import find_database
+from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
 from pipelines import fetch_terms
 from pipelines.fetch_choice import SITE_TABLES, File, Part, choose_subjects, find_files, find_freesurfer, find_parts, join_participants, warn_of_sites

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.errors import InputError
 from data_registry.label_sources import FREESURFER_FILES, LABEL_GLOBS
 from data_registry.tsv import write_tsv

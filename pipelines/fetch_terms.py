@@ -8,7 +8,8 @@ import re
 import shlex
 from datetime import UTC, datetime
 
-from data_registry.catalogue import Database, catalogue
+from data_registry.catalogue import catalogue
+from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
 from data_registry.ledgers import LICENCES, WITHDRAWN, read_rows, withdrawn

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import track
 
-from data_registry.catalogue import NAME_PATTERN, Database, find_database
+from data_registry.catalogue import find_database
+from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels

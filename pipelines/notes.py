@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from pipelines.bids_files import read_object
 
 

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.errors import InputError
 from data_registry.tsv import read_tsv
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.likeness import STRANGERS, pairs_above, sure_above
 from data_registry.people import known_apart, merge_people, share_people
 from data_registry.tsv import write_tsv

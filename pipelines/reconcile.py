@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.readings import canonical_licence, is_empty
 from pipelines.bids_files import T1w, read_object
 from pipelines.notes import Notes

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 
-from data_registry.catalogue import Site
+from data_registry.catalogue_schema import Site
 from data_registry.readings import MANUFACTURERS, Reading, canonical_manufacturer, is_empty, letters_of, letters_of_model, read_field_strength
 from pipelines.notes import Notes
 

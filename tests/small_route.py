@@ -6,7 +6,8 @@ import hashlib
 import random
 from pathlib import Path
 
-from data_registry.catalogue import Database, Site, SiteRule, find_database
+from data_registry.catalogue import find_database
+from data_registry.catalogue_schema import Database, Site, SiteRule
 from pipelines import fetch as fetching
 from pipelines import fetch_routes, fetch_sources
 from pipelines import index as indexing

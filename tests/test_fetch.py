@@ -20,7 +20,7 @@ from loopback_http import CuttingProxy, folder_server
 from loopback_s3 import BUCKET, s3_server
 from small_route import NAME, NETWORK, T1W, UNWANTED, WANTED, database, get, known, ledger, manifest, scan, there, write
 
-from data_registry.catalogue import Site
+from data_registry.catalogue_schema import Site
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching

@@ -8,8 +8,7 @@ import pytest
 import small_route
 from small_route import T1W, UNWANTED, WANTED, get, known, ledger, scan, there, write
 
-from data_registry.catalogue import Site, SiteRule
-from data_registry.catalogue_schema import LabelSource
+from data_registry.catalogue_schema import LabelSource, Site, SiteRule
 from data_registry.errors import InputError
 from pipelines import fetch_terms
 from pipelines.fetch import Choice

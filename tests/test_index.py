@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_registry.catalogue import Database, Site, SiteRule, load_database, unknown_database
+from data_registry.catalogue import load_database, unknown_database
+from data_registry.catalogue_schema import Database, Site, SiteRule
 from data_registry.errors import InputError
 from data_registry.volume import save_volume
 from pipelines import index as stage

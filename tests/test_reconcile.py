@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_registry.catalogue import Database, Site, SiteRule, unknown_database
+from data_registry.catalogue import unknown_database
+from data_registry.catalogue_schema import Database, Site, SiteRule
 from data_registry.errors import InputError
 from data_registry.readings import canonical_licence, canonical_manufacturer, read_age, read_field_strength, read_sex
 from data_registry.schema import CONFLICTS
