@@ -1,7 +1,7 @@
 """The catalogue of databases: one YAML a database in ``catalogue/``, its sites inside; this module reads and checks them.
 
 BIDS has no field for the site, so each database states the rule that gives a scan its site. Places and scanners are curated across
-databases, never matched by name alone. A value nobody published is null; where the others were read stands beside them
+databases, never matched by name alone. A value nobody published is null; the others have their sources beside them
 (:mod:`data_registry.catalogue_sources`).
 
 A database that is not in the catalogue is one site named after it (and one place, one scanner): :func:`unknown_database`.
@@ -44,7 +44,7 @@ def catalogue() -> dict[str, Database]:
 
 @functools.cache
 def find_database(name: str) -> Database:
-    """The catalogue's entry, whose file alone is read, or the stated default."""
+    """The catalogue's entry, or the stated default; reads that one file only."""
     path = next((path for path in catalogue_files() if path.stem == name), None)
     return unknown_database(name) if path is None else load_database(path)
 
@@ -58,7 +58,7 @@ def load_database(path: Path) -> Database:
 
 
 def read_database(path: Path) -> tuple[Database | None, list[str]]:
-    """A database, None if the file is none, and what is wrong with it, a line each that begins with the field."""
+    """The database, or None if the file holds none, and one line for each fault, which begins with the field."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         database = Database.model_validate(content)
@@ -75,7 +75,7 @@ def read_database(path: Path) -> tuple[Database | None, list[str]]:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """In C where there is libyaml; a name that stands twice is an error, where YAML would take the last one."""
+    """In C where libyaml is installed. A name that occurs twice is an error; YAML would silently take the last."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:

@@ -1,4 +1,4 @@
-"""What only the entries of a catalogue together can show to be wrong."""
+"""Faults that show only when the entries of a catalogue are compared with each other."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from data_registry.tsv import read_tsv
 
 _ROWS = Path(__file__).parent / "catalogue" / "lod_brain_rows.tsv"
 ALIKE = 0.92
-"""How alike two places' names are, from 0 to 1, that are taken for one place spelled two ways."""
+"""Similarity of two places' names, from 0 to 1, from which on they may be one place in two spellings."""
 
 Entry = tuple[str, Database]
 """A file's name and what it says."""
@@ -28,7 +28,7 @@ def lod_brain_table() -> dict[str, int]:
 
 
 def findings(entries: Iterable[Entry], *, whole: bool) -> list[tuple[str, str]]:
-    """(file, what is implausible), a line each; ``whole``: rows of LOD-Brain's table that no entry stands for are found too."""
+    """(file, what is implausible), a line each; ``whole``: also report rows of LOD-Brain's table that no entry covers."""
     entries = list(entries)
     checks = (_names, _sums, _makers, _scanners, _places, _models)
     found = [finding for check in checks for finding in check(entries)]

@@ -17,7 +17,7 @@ from data_registry.files import replacing
 from data_registry.readings import folded
 
 SHORT = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree"}
-"""As the table for a terminal has them."""
+"""Short forms in the table for a terminal."""
 NAMED = 40
 """Values that an error lists."""
 _OF_THE_DATABASE = ("access", "licence", "route", "state")
@@ -26,7 +26,7 @@ _OF_THE_SITE = {
     "voxel_mm": ["voxel_mm"], "subjects": ["subjects"], "scans": ["scans"], "age_years": ["age_mean_years", "age_min_years", "age_max_years"],
     "sexes": ["female", "male"],
 }  # fmt: skip
-"""Field → columns that have their value from it."""
+"""Field → columns that are filled from it."""
 
 
 def site_rows(databases: Iterable[Database]) -> list[dict]:
@@ -57,9 +57,9 @@ def _row(database: Database, name: str) -> dict:
 
 
 def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
-    """Rows whose columns have the wanted values, upper and lower case and accents alike, or as :data:`SHORT` has them; None wants nothing.
+    """Rows whose columns have the wanted values, whatever case and accents, also in the forms of :data:`SHORT`; None means any value.
 
-    A value that no row has is an :class:`InputError` that lists those there are, of many the likest.
+    A value that no row has is an :class:`InputError` that lists the existing ones, or, if they are many, the most similar.
 
     >>> rows = [{"country": "China", "access": "open"}, {"country": "United States", "access": "open"}]
     >>> select(rows, country="usa", access="open")
@@ -100,7 +100,7 @@ def _same(cell: object, value: str | float) -> bool:
 
 
 def as_tsv(rows: list[dict]) -> str:
-    """With a header; null is n/a, as in BIDS, and what a list holds is parted by commas."""
+    """With a header; null is n/a, as in BIDS, and the items of a list are separated by commas."""
     from data_registry import schema
 
     handle = io.StringIO()

@@ -1,7 +1,7 @@
 """What a project keeps beside ``params.yaml``, in git and for ever: which licences were accepted, and what was withdrawn.
 
-``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. Nothing ever removes a line.
-Whoever reads scans asks it, so that what was withdrawn does not come back with its files.
+``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. No line is ever removed.
+Every stage that reads scans consults it, so that withdrawn data do not come back with their files.
 """
 
 import csv
@@ -60,7 +60,7 @@ def owner(scan_id: str) -> tuple[str, str]:
 
 
 def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
-    """What the project's file says; nothing if there is none. A file that cannot be read stops whoever asks."""
+    """The tombstones of the project's file; none if there is no file. Raises :class:`InputError` for a file that cannot be read."""
     rows = read_rows(path, Tombstone._fields)
     for row in rows:
         if not row["database"]:
@@ -69,7 +69,7 @@ def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
 
 
 def bury(tombstones: Iterable[Tombstone], path: Path = WITHDRAWN) -> list[Tombstone]:
-    """Add to the file those that do not stand there yet, and return them; lines that stand there stay, byte for byte."""
+    """Add the new ones to the file and return them; the lines that are already there stay, byte for byte."""
     known = {(stone.database, stone.subject) for stone in withdrawn(path).tombstones}
     new = [stone for stone in tombstones if (stone.database, stone.subject) not in known]
     if new:
@@ -87,7 +87,7 @@ def accepted_licences(path: Path = LICENCES) -> dict[str, dict[str, str]]:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """These columns of a table; no rows if there is no such file."""
+    """Rows of a table with these columns, blanks stripped; no rows if there is no file. Raises :class:`InputError` for a missing column."""
     if not path.exists():
         return []
     header, rows = read_tsv(path)

@@ -1,6 +1,6 @@
-"""What a training notes of the data that it has seen: in its weights database by database, beside them scan by scan.
+"""What a training records about the data it has seen: in its weights by database, beside them by scan.
 
-No person's name goes into a file that may be given on; ``seen.tsv`` stays in the project. Shards carry no licence: their bytes depend on
+No person's name goes into a file that may be passed on; ``seen.tsv`` stays in the project. Shards carry no licence: their bytes depend on
 scans alone, and the database's name leads to the catalogue. :mod:`lod_model.lineage` tells what the weights say.
 """
 

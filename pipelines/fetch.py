@@ -39,13 +39,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Network:
-    """How it is met."""
+    """How connections are made."""
 
     endpoint_url: str | None = None
     """Of an S3 server; None: AWS_ENDPOINT_URL, else Amazon's."""
     workers: int = 8
     tries: int = 5
-    """After the first, while nothing comes."""
+    """Further attempts, counted from the last byte that came."""
     timeout_s: float = 30
 
 
@@ -186,7 +186,7 @@ def _keep_tables(to: Path, database: Database, parts: list[Part], withdrawn: Col
 
 
 def _check_room(to: Path, missing: list[File]) -> None:
-    """A disk that is too small is better known before the night than after it."""
+    """Refuse a disk that is too small before a long download rather than after it."""
     parts = (aside_of(to, file) for file in missing)
     wanted = sum(file.entry.bytes for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(to).free

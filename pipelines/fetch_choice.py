@@ -78,7 +78,7 @@ def find_parts(route: Route, database: Database, pool: Executor) -> list[Part]:
 
 
 def _without_seconds(parts: list[Part]) -> list[Part]:
-    """Without folders that are no database and hold people of one, such as ABIDE I's ``sidecards``: JSON files, and no image."""
+    """Drop folders that are no database but hold people of one, such as ABIDE I's ``sidecards``, which has JSON files and no image."""
     held = {subject for part in parts if part.described for subject in part.subjects}
     seconds = [part for part in parts if not part.described and held & set(part.subjects)]
     if seconds:
@@ -93,7 +93,7 @@ def _site(folder: str, database: Database) -> str:
 
 
 def _site_of(part: Part, row: dict, database: Database) -> str | None:
-    """Of a subject: as its row says, if the catalogue has such a site or the folder tells none; else the folder's."""
+    """The site of a subject: from its row, if the catalogue has that site or the folder implies none; else from the folder."""
     said = row.get(database.site_rule.participants)
     return said if said not in (None, "", "n/a") and (said in database.sites or part.site not in database.sites) else part.site
 
@@ -124,7 +124,7 @@ def choose_subjects(
 
 
 def warn_of_sites(route: Route, database: Database, parts: list[Part]) -> None:
-    """Say before the night that index will miss the column that tells sites."""
+    """Warn before a long download that index will miss the column from which sites are read."""
     column = database.site_rule.participants
     if column and not parts[0].folder:
         table = next((entry for entry in parts[0].top if _name(entry) == "participants.tsv"), None)

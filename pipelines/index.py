@@ -1,7 +1,7 @@
 """Stage *index*: BIDS databases → ``tables/scans.parquet``, a row a T1w: who, where, which scanner, which files, which bytes.
 
-What is read against the catalogue (:mod:`pipelines.reconcile`) stands in ``tables/conflicts.html`` and ``.tsv``, also of a run that stops for
-want of a single usable scan.
+Conflicts with the catalogue (:mod:`pipelines.reconcile`) are listed in ``tables/conflicts.html`` and ``.tsv``, even if the run then stops because
+no scan can be used.
 
 Always runs and is cheap: hashes are cached by path, size and time, and the table is what every later stage depends on, so DVC never
 hashes the raw data. A scan that cannot be used keeps its row, with the reason; what makes a whole database unusable stops the run.
@@ -37,7 +37,7 @@ from pipelines.reconcile_scanners import merged
 log = logging.getLogger("lodbrain.index")
 HASH_CACHE = Path("cache/hashes.parquet")
 SCANS_TABLE = Path("tables/scans.parquet")
-TOLD = 20
+MOST_NAMED = 20
 """Quarantined scans that are named on the terminal."""
 
 
@@ -94,8 +94,8 @@ def index(
 
 
 def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> tuple[list[dict], list[str]]:
-    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict; and why other
-    databases cannot be used."""
+    """Rows of all databases without what ``withdrawn.tsv`` names, whose files are not read and which causes no conflict; and why some databases
+    cannot be used."""
     gone, rows, unusable = withdrawn(), [], []
     left_out = [name for name in databases if gone.has(name)]
     for name, root in databases.items():
@@ -123,10 +123,10 @@ def _tell_of_others(roots: list[Path]) -> None:
 
 def _tell_of_quarantine(rows: list[dict]) -> None:
     bad = [row for row in rows if row["reason"]]
-    for row in bad[:TOLD]:
+    for row in bad[:MOST_NAMED]:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
-    if len(bad) > TOLD:
-        log.warning("quarantined: %d more, each with its reason in %s", len(bad) - TOLD, CONFLICTS_TSV)
+    if len(bad) > MOST_NAMED:
+        log.warning("quarantined: %d more, each with its reason in %s", len(bad) - MOST_NAMED, CONFLICTS_TSV)
 
 
 def find_databases(roots: list[Path]) -> dict[str, Path]:
@@ -206,7 +206,7 @@ def scan_name(path: str) -> str:
 
 
 def _misplaced(t1w: T1w) -> str | None:
-    """Why a T1w is quarantined whose name and folders tell of two subjects or sessions."""
+    """Why a T1w is quarantined if its name and its folders disagree on the subject or session; else None."""
     folders = t1w.path.split("/")[:-1]
     told = {"sub": t1w.subject, "ses": t1w.session}
     for folder in folders:
@@ -217,7 +217,7 @@ def _misplaced(t1w: T1w) -> str | None:
 
 
 def _tell_apart(rows: list[dict]) -> None:
-    """Two files that give one ``scan_id`` (``.nii`` beside ``.nii.gz``): which is meant is not known."""
+    """Quarantine two files that give one ``scan_id`` (``.nii`` beside ``.nii.gz``), as nobody knows which is meant."""
     first: dict[str, dict] = {}
     for row in rows:
         other = first.setdefault(row["scan_id"], row)
@@ -264,8 +264,8 @@ def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
 
 
 def _judge_same_content(rows: list[dict]) -> list[list[dict]]:
-    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person. Returned
-    are the latter, file by file."""
+    """Files with the same bytes: within a database nobody knows whose they are, so all are quarantined; across databases they are one person's.
+    Returns the scans of each file that several databases have."""
     by_content = defaultdict(list)
     for row in rows:
         if row["t1w_sha256"]:

@@ -48,7 +48,7 @@ class Participants:
         return values[0], None
 
     def family(self, subject: str) -> str | None:
-        """What relatives share, by the first row that states it, else null."""
+        """The name that relatives share, from the first row that states it; None if there is none."""
         column = (self.database.family_column or "").lower()
         stated = [(value or "").strip() for row in self.rows.get(subject, []) for key, value in row.items() if key and key.lower() == column]
         return next((f"{self.database.name}/{family}" for family in stated if family not in ("", "n/a")), None)

@@ -1,4 +1,4 @@
-"""Maker, model and field strength: the sidecar's where it is clear, else the catalogue's; sidecars of one site beside each other."""
+"""Maker, model and field strength: the sidecar's value where it is clear, else the catalogue's; and whether the sidecars of one site agree."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from data_registry.readings import MANUFACTURERS, Reading, canonical_manufacture
 from pipelines.notes import Notes
 
 MM = 0.05
-"""Voxel edges may differ by so much."""
+"""Voxel edges may differ by this much."""
 KEYS = {"manufacturer": "Manufacturer", "model": "ManufacturersModelName", "field_strength_tesla": "MagneticFieldStrength"}
 PARTING = ("InstitutionName", "DeviceSerialNumber")
 """Fields of a sidecar that have one value where there is one institution with one machine."""
 
 
 def merged(sidecars: Mapping[str, dict]) -> dict:
-    """What sidecars say together; the later goes first.
+    """The fields of several sidecars together; a later sidecar overrides an earlier one.
 
     >>> merged({"T1w.json": {"Manufacturer": "GE", "EchoTime": 3}, "sub-01/anat/sub-01_T1w.json": {"Manufacturer": "Philips"}})
     {'Manufacturer': 'Philips', 'EchoTime': 3}
@@ -32,7 +32,7 @@ class Scanners:
         """Site and field → value → scans."""
 
     def facts(self, row: dict, sidecars: dict[str, dict]) -> dict:
-        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; what the nearest of its ``sidecars``, the last, says goes first."""
+        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; the nearest of its ``sidecars``, the last, counts most."""
         site, sidecar = self.database.sites.get(row["site"]), merged(sidecars)
         about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": next(reversed(sidecars), row["t1w_path"])}
         values = {}
@@ -61,7 +61,7 @@ class Scanners:
         return told
 
     def _check_inherited(self, field: str, written: object, sidecars: dict[str, dict], about: dict) -> None:
-        """A sidecar that says otherwise of a scan than one that lies nearer; by BIDS's inheritance the nearer goes first."""
+        """Note a sidecar that contradicts a nearer one of the scan; by BIDS's inheritance the nearer one counts."""
         for name, content in sidecars.items():
             value = content.get(KEYS[field])
             if value not in (None, written):
@@ -78,7 +78,7 @@ class Scanners:
                 return
 
     def finish(self) -> None:
-        """Say where the scans of one site are not of one scanner or one institution."""
+        """Note the sites whose scans come from several scanners or institutions."""
         for (site, field), values in sorted(self._seen.items()):
             kind, done = "contradicting sidecars", "each scan keeps its own"
             if field in PARTING:
@@ -93,7 +93,7 @@ class Scanners:
 
 
 def _read(field: str, written: object, expected: object) -> Reading:
-    """Of a sidecar's field; a model that the catalogue writes otherwise is written as there."""
+    """Read a sidecar's field; a model gets the catalogue's spelling."""
     if is_empty(written):
         return Reading(None)
     if field == "field_strength_tesla":
@@ -109,7 +109,7 @@ def _read(field: str, written: object, expected: object) -> Reading:
 
 
 def _spelled_alike(values: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Names that differ in case, blanks and punctuation alone are one, written as the first."""
+    """Merge names that differ only in case, accents, blanks and punctuation; the first spelling is kept."""
     first: dict[str, str] = {}
     merged: dict[str, list[str]] = defaultdict(list)
     for name, scans in values.items():

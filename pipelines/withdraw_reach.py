@@ -1,7 +1,7 @@
 """What of a withdrawn person or database is left where no command of this project reaches, each with what purges it.
 
-Nothing here changes anything. Weights are told by what they say of themselves: a fold's ``seen.tsv`` names its scans; other files name
-databases, so they *may* have seen a person. What cannot be looked into is named all the same.
+Nothing here changes anything. Weights are recognised by what they record: a fold's ``seen.tsv`` names its scans; other files name only
+databases, so they *may* have seen a person. Places that cannot be looked into are named all the same.
 """
 
 import configparser
