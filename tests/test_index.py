@@ -150,7 +150,7 @@ def test_many_unusable_scans_are_counted(tmp_path, monkeypatch, caplog):
     root = make_database(tmp_path / "db", subjects=("01", "02", "03", "04"), participants="")
     for subject in ("01", "02", "03"):
         (root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz").write_bytes(b"")
-    monkeypatch.setattr(stage, "TOLD", 2)
+    monkeypatch.setattr(stage, "MOST_NAMED", 2)
     stage.index([root])
     lines = [record.getMessage() for record in caplog.records if "quarantined" in record.msg]
     assert len(lines) == 3 and lines[-1] == "quarantined: 1 more, each with its reason in tables/conflicts.tsv"
