@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data_registry.catalogue_schema import Database
-from data_registry.readings import canonical_manufacturer, folded, letters_of_model
+from data_registry.readings import canonical_manufacturer, folded, letters_of_model, read_field_strength
 from data_registry.tsv import read_tsv
 
 _ROWS = Path(__file__).parent / "catalogue" / "lod_brain_rows.tsv"
@@ -30,7 +30,7 @@ def lod_brain_table() -> dict[str, int]:
 def findings(entries: Iterable[Entry], *, whole: bool) -> list[tuple[str, str]]:
     """(file, what is implausible), a line each; ``whole``: also report rows of LOD-Brain's table that no entry covers."""
     entries = list(entries)
-    checks = (_names, _sums, _makers, _scanners, _places, _models)
+    checks = (_names, _sums, _makers, _strengths, _scanners, _places, _models)
     found = [finding for check in checks for finding in check(entries)]
     return found + list(_lod_brain(entries, whole=whole))
 
@@ -67,6 +67,14 @@ def _makers(entries: list[Entry]) -> Iterator[tuple[str, str]]:
     for file, where, site in _sites(entries):
         if canonical_manufacturer(site.manufacturer) != site.manufacturer:
             yield file, f"{where}.manufacturer: {site.manufacturer!r} came; {canonical_manufacturer(site.manufacturer)!r} is wanted"
+
+
+def _strengths(entries: list[Entry]) -> Iterator[tuple[str, str]]:
+    """As index writes a sidecar's, which else would contradict it."""
+    for file, where, site in _sites(entries):
+        reading = read_field_strength(site.field_strength_tesla)
+        if reading.kind == "rounded":
+            yield file, f"{where}.field_strength_tesla: {site.field_strength_tesla:g} came; {reading.value}, as it is sold, is wanted"
 
 
 def _scanners(entries: list[Entry]) -> Iterator[tuple[str, str]]:

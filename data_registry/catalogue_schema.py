@@ -14,6 +14,12 @@ def _plain(name: str) -> str:
     return name
 
 
+def _address(text: str) -> str:
+    if not re.fullmatch(r"https?://\S+|doi:10\.\d{4,9}/\S+|letter \d{4}-\d\d-\d\d, \S.*", text):
+        raise ValueError("https://…, doi:10.…/… or 'letter YEAR-MONTH-DAY, who wrote it, who keeps it' is wanted")
+    return text
+
+
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[Text, AfterValidator(_plain)]
 """Text that is compared, so an extra blank would make another place of it."""
@@ -22,7 +28,7 @@ Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
 Years = Annotated[Number, Field(ge=0, le=120)]
-Address = Annotated[str, Field(pattern=r"^(https?://\S+|doi:10\.\d{4,9}/\S+|letter \d{4}-\d\d-\d\d, \S.*)$")]
+Address = Annotated[str, AfterValidator(_address)]
 """Of a document that can be cited. An owner's letter is cited by its date, its author and who keeps it."""
 
 

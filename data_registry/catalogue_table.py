@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
             continue
         if not any(_same(row[column], value) for row in rows):
             option = column.removesuffix("_tesla").replace("_", "-")
-            raise InputError(f"--{option} {value}: no site has it; {_offer([row[column] for row in rows], str(value))}")
+            called = sorted({row[column] for row in rows if column == "place" and folded(str(value)) in re.split(r"[\W_]", folded(row["site"]))})
+            offered = f"sites of that name are at {'; '.join(called)}" if called else _offer([row[column] for row in rows], str(value))
+            raise InputError(f"--{option} {value}: no site has it; {offered}")
         chosen = [row for row in chosen if _same(row[column], value)]
     return chosen
 

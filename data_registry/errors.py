@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,6 +25,10 @@ def run_stage(main: Callable[[], None], *, about: str | None = None) -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be written there would fail again
+        print("error: stopped, as who read the output is gone; what is complete is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}; a place that can be read and written is wanted", file=sys.stderr)

@@ -268,7 +268,7 @@ def _facts(path: Path) -> dict:
         "config": found.network.config.to_dict(),
         "card": str(card) if card.is_file() else None,
         "provenance": found.provenance,
-        "lineage": lineage.lineage(found.provenance),
+        "lineage": lineage.lineage(found.provenance, path.with_name("seen.tsv")),
     }
 
 

@@ -160,7 +160,7 @@ def show_database(
 ) -> None:
     """Show a database in full: terms, route, citation, sites, each with where it was read."""
     from data_registry.catalogue import catalogue
-    from data_registry.catalogue_sources import DATABASE_FIELDS, SITE_FIELDS, standing, value_of
+    from data_registry.catalogue_sources import DATABASE_FIELDS, SITE_FIELDS, WEIGHTS, standing, value_of, weights_may_be_shared
     from data_registry.catalogue_table import site_rows
 
     if name not in catalogue():
@@ -173,6 +173,11 @@ def show_database(
         return {"value": value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value, "standing": how, "source": where}
 
     of_database = {field: known(None, field) for field in DATABASE_FIELDS}
+    if WEIGHTS in database.sources and (value := of_database["redistribute"]["value"]):  # read elsewhere than the rest, as in a letter
+        may, where = weights_may_be_shared(database)
+        rest = {part: given for part, given in value.items() if part != "weights"}
+        of_database["redistribute"] |= {"value": rest} if rest else {"value": None, "standing": "missing", "source": None}
+        of_database[WEIGHTS] = {"value": may, "standing": "sourced", "source": where}
     if as_json:
         sites = {site: {field: known(site, field) for field in SITE_FIELDS} for site in database.sites}
         print(json.dumps({**database.model_dump(), "standing": {**of_database, "sites": sites}}, indent=2, ensure_ascii=False))

@@ -6,11 +6,13 @@ strictest of those and today's counts. No import here needs a training's librari
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data_registry.catalogue import catalogue, find_database
 from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing, weights_may_be_shared
+from data_registry.ledgers import WITHDRAWN, Withdrawn, owner, read_rows, withdrawn
 from data_registry.licences import NO_ADVICE, Verdict, in_words, judge, strictest
 from lod_model.weights import AUTHORS
 
@@ -28,9 +30,10 @@ def terms(database: Database) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def lineage(provenance: dict[str, Any]) -> dict[str, Any]:
+def lineage(provenance: dict[str, Any], seen: Path = Path("seen.tsv")) -> dict[str, Any]:
     """``databases``, as a training notes them, with the ``answer`` of each alone; the weights' own ``citation``; ``verdict`` of all together;
-    ``notes`` on what is not known and what differs."""
+    ``notes`` on what is not known and what differs. ``seen`` is the list of scans beside the weights, if they still lie where they were
+    trained: with it people are told who were withdrawn from the project in the current folder, without it databases alone."""
     notes: list[str] = []
     released = provenance.get("licence") if isinstance(provenance.get("licence"), str) else None
     if isinstance(provenance.get("data"), dict):
@@ -51,6 +54,9 @@ def lineage(provenance: dict[str, Any]) -> dict[str, Any]:
             notes.append(f"trained on {provenance.get('trained_on')}, {len(provenance['anatomies'])} of them: no scan, and so no scan's licence")
         if released:
             notes.append(f"the answer is that of the licence they were released under, {released}")
+    gone = withdrawn()
+    scans = [row["scan_id"] for row in read_rows(seen, ("scan_id",))]
+    verdicts = [strictest([verdict, *_withdrawn(entry["name"], scans, gone)]) for entry, verdict in zip(databases, verdicts, strict=True)]
     for entry, verdict in zip(databases, verdicts, strict=True):
         entry["answer"] = in_words(verdict)
         _, source = weights_may_be_shared(find_database(entry["name"]))
@@ -84,6 +90,14 @@ def _noted_and_today(entry: dict[str, Any], notes: list[str]) -> Verdict:
     if today.state == "withdrawn":
         verdicts.append(Verdict("not known", reasons=(f"{entry['name']}: withdrawn by its owners since",)))
     return strictest(verdicts)
+
+
+def _withdrawn(name: str, scans: list[str], gone: Withdrawn) -> Iterator[Verdict]:
+    """What this project has withdrawn of a database, of the ``scans`` that the weights saw."""
+    people = {scan for scan in map(owner, scans) if scan[0] == name and gone.has(*scan)}
+    if gone.has(name) or people:
+        who = f"{len(people)} of its people" if people and not gone.has(name) else "it"
+        yield Verdict("not known", reasons=(f"{name}: these weights saw {who}, withdrawn from this project, says {WITHDRAWN}",))
 
 
 def _said(entry: dict[str, Any]) -> str:

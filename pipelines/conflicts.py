@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data_registry.files import replacing
+from data_registry.ledgers import owner
 from data_registry.schema import CONFLICTS
 from pipelines.reconcile import SHARE_OF_COUNT, Reconciliation
 from pipelines.reconcile_people import YEARS_OF_RANGE
@@ -46,7 +47,8 @@ KINDS = {
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
     "folder without scan": (MISSING, "Folders sub-* without a T1w that participants.tsv does not name, or whose name is no subject's."),
     "missing value": (MISSING, "Neither the files nor the catalogue state a value."),
-    "same file elsewhere": (BY_RULE, "The same bytes in another database: one person to the split. Two people need two files."),
+    "same file elsewhere": (BY_RULE, "The same bytes in another database: one person to the split, two scans to a training. "
+                            "Of a database that came twice, leave one out of index.roots; two people need two files."),
     "label of another scan": (BY_RULE, "Several T1w of a subject have one label map. It belongs to the first; for the next, the head has moved."),
     "from the catalogue": (BY_RULE, "The sidecars state no clear value; the catalogue's value for the site is taken."),
     "column taken": (BY_RULE, "A column of another name was read."),
@@ -119,8 +121,8 @@ def _share(known: Iterable[bool]) -> str:
 
 
 def _cell(value: object) -> str:
-    """One line without tabs, at most 500 characters."""
-    text = f"{value:g}" if isinstance(value, float) else "" if value is None else " ".join(str(value).split())
+    """One line without tabs and double quotes, which some programs take for a cell's ends; at most 500 characters."""
+    text = f"{value:g}" if isinstance(value, float) else "" if value is None else " ".join(str(value).split()).replace('"', "'")
     return "n/a" if text == "" else text if len(text) <= 500 else text[:499] + "…"
 
 
@@ -152,6 +154,8 @@ def _alike(rows: list[dict]) -> list[dict]:
     """Merge rows that differ only in site, scan and person into one line, with the number of scans and the first of them."""
     lines: dict[tuple, dict] = {}
     for row in rows:
+        if row["kind"] == "same file elsewhere":  # in which databases; the table says which scans
+            row = row | {"found": ", ".join(sorted({owner(scan)[0] for scan in row["found"].split(", ")}))}
         key = (*(row[name] for name in ("database", "field", "expected", "found", "done")), row["site"] if row["field"] == "site" else None)
         line = lines.setdefault(key, row | {"of": 0, "sites": {}, "names": {}})
         line["of"] += int(row["scans"])

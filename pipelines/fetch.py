@@ -79,7 +79,7 @@ def main() -> None:
     for path, why in sorted(faults.items()):
         print(f"error: {path}: {why}", file=sys.stderr)
     if faults:
-        print(f"error: {len(faults)} files could not be had; the others are here", file=sys.stderr)
+        print(f"error: {len(faults)} files could not be had; the same command tries them again", file=sys.stderr)
         sys.exit(1)
 
 
@@ -128,7 +128,8 @@ def fetch(
         if not faults:
             tidy(to)
     print(f"{name}: {_size(files)} in {to}; {here} were here, {len(all_missing) - len(faults)} came, {len(faults)} could not be had")
-    print(f"next: `index: {{roots: [{to}]}}` in params.yaml, then python -m pipelines.index")
+    if not faults:
+        print(f"next: `index: {{roots: [{to}]}}` in params.yaml, then python -m pipelines.index")
     return faults
 
 

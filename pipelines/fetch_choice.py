@@ -111,7 +111,8 @@ def choose_subjects(
     there = {subject for part in parts for subject in part.subjects}
     missing = sorted({subject.removeprefix("sub-") for subject in subjects} - there)
     if missing:
-        raise InputError(f"--subject {missing[0]}: is not among the {len(there)} at {route.address}; one as {min(there)} is wanted")
+        like = min(there - set(withdrawn), default="none")
+        raise InputError(f"--subject {missing[0]}: is not among the {len(there)} at {route.address}; one as {like} is wanted")
     wanted = {subject.removeprefix("sub-") for subject in subjects} or there
     chosen, owner = [], {}
     for part in parts:

@@ -24,6 +24,8 @@ from pipelines.progress import Bytes
 
 LEDGER = "fetched.tsv"
 COLUMNS = ("path", "bytes", "sha256", "version", "fetched", "route")
+LAST_S = 2.0
+"""For files that are about to end when a run is stopped."""
 ASIDE = ".fetching"
 
 
@@ -123,8 +125,9 @@ def transfer(route: Route, files: Sequence[File], ledger: Ledger, *, tries: int,
     here = sum(path.stat().st_size for file in files if (path := aside_of(ledger.root, file)).is_file())
     with Bytes("fetch", sum(file.entry.bytes for file in files) - here) as progress:
         one = _Fetching(route, ledger, tries, stop, progress)
-        for _ in range(min(workers, len(files))):  # daemons: a stopped run does not wait for a connection that hangs
-            threading.Thread(target=one.work, args=(waiting, ended), daemon=True).start()
+        threads = [threading.Thread(target=one.work, args=(waiting, ended), daemon=True) for _ in range(min(workers, len(files)))]
+        for thread in threads:
+            thread.start()
         faults, done, cut_in_a_row = {}, 0, 0
         try:
             for _ in files:
@@ -139,6 +142,8 @@ def transfer(route: Route, files: Sequence[File], ledger: Ledger, *, tries: int,
                     raise InputError(f"{route.address}: {error}; {done} of {len(files)} files came and are kept, the same command goes on")
         finally:
             stop.set()
+            for thread in threads:  # else they write beside who fetches next; for a connection that hangs nobody waits
+                thread.join(LAST_S / len(threads))
     return faults
 
 

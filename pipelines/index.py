@@ -24,7 +24,7 @@ from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
-from data_registry.ledgers import WITHDRAWN, Withdrawn, withdrawn
+from data_registry.ledgers import WITHDRAWN, Withdrawn, owner, withdrawn
 from data_registry.params import Index, load_params
 from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
@@ -51,6 +51,7 @@ def main() -> None:
     finally:
         if checks and checks[-1].rows is not None:
             log.info(write_conflicts(checks))
+    _tell_of_gone(rows)
     write_table(SCANS_TABLE, "scans", rows)
     usable = sum(row["reason"] is None for row in rows)
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
@@ -127,6 +128,20 @@ def _tell_of_quarantine(rows: list[dict]) -> None:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
     if len(bad) > MOST_NAMED:
         log.warning("quarantined: %d more, each with its reason in %s", len(bad) - MOST_NAMED, CONFLICTS_TSV)
+
+
+def _tell_of_gone(rows: list[dict]) -> None:
+    """Name what the last index had and this one has not, but for who was withdrawn: no table counts a scan that nobody expects."""
+    try:
+        before = pq.read_table(SCANS_TABLE)["scan_id"].to_pylist()
+    except (OSError, pa.ArrowInvalid, KeyError):  # the first index, or one of another release
+        return
+    buried, by_database = withdrawn(), defaultdict(list)
+    for name in sorted(set(before) - {row["scan_id"] for row in rows}):
+        if not buried.has_scan(name):
+            by_database[owner(name)[0]].append(name)
+    for database, names in by_database.items():
+        log.warning("%s: gone since the last index: %d scans, %s%s", database, len(names), ", ".join(names[:3]), " …" * (len(names) > 3))
 
 
 def find_databases(roots: list[Path]) -> dict[str, Path]:
@@ -245,7 +260,10 @@ def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
             key = (str(file), status.st_size, status.st_mtime_ns)
             return key, known.get(key) or sha256(file)
         except OSError as error:
-            return None, f"{databases[row['database']] / path}: {error.strerror}; a readable file is wanted"
+            there = databases[row["database"]] / path
+            annexed = isinstance(error, FileNotFoundError) and there.is_symlink()
+            why = "a link to a file that is not here (of DataLad's, `datalad get` fetches it)" if annexed else error.strerror
+            return None, f"{there}: {why}; a readable file is wanted"
 
     cache, kept = {}, known
     try:
@@ -291,7 +309,9 @@ def _tell_of_shared(shared: list[list[dict]], checks: list[Reconciliation]) -> N
         for row in same:
             of[row["database"]].same_file(row, [other["scan_id"] for other in same if other["database"] != row["database"]])
     if shared:
-        log.warning("%d files lie in more than one database, and each is taken for one person's", len(shared))
+        together = Counter(" and ".join(sorted({row["database"] for row in same})) for same in shared)
+        for names, files in sorted(together.items()):
+            log.warning("%d files lie in %s alike, and each is taken for one person's", files, names)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pipelines.index import find_databases
 CHECKOUT = Path(__file__).parents[1]
 DEMO_ROOT = "data/demo"
 CODE = ("data_registry", "pipelines", "lod_model", "dvc.yaml")
+NOT_IN_GIT = ("cache", "data", "tables", "shards", "checkpoints", "reports", "quality", "mlflow", "runs", "logs", ".dvc/cache", ".dvc/tmp", *CODE)
+"""What a project makes, much of which names or shows people, and its links, which lead to a folder of this machine."""
 
 
 def main() -> None:
@@ -64,7 +66,11 @@ def data_project(data: Path, to: Path | None = None) -> Path:
     for name in CODE:
         link = folder / name
         if not link.exists():
+            link.unlink(missing_ok=True)  # of another machine, or of a checkout that has moved
             link.symlink_to(CHECKOUT / name)
+    if not (folder / ".gitignore").exists():
+        with replacing(folder / ".gitignore") as aside:
+            aside.write_text("".join(f"/{name}\n" for name in NOT_IN_GIT) + "/.dvc/config.local\n.aside-*\n", encoding="utf-8")
     if not (folder / "params.yaml").is_file():
         settings = yaml.safe_load((CHECKOUT / "params.yaml").read_text(encoding="utf-8"))
         settings["index"]["roots"] = [str(data)]

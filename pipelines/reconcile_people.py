@@ -81,7 +81,7 @@ class People:
         about = {"site": scan["site"], "scan": scan["scan_id"], "subject": subject, "file": "participants.tsv"}
         if not rows:
             if self.header:
-                self.notes.add("missing row", "participants.tsv", expected=f"sub-{subject}", found="no row", done="age and sex are null", **about)
+                self.notes.add("missing row", "participants.tsv", expected="a row a subject", found="no row", done="age and sex are null", **about)
             return {"age_years": None, "sex": None}
         rows = [row for row in rows if session and (row.get("session_id") or "").removeprefix("ses-") == session] or rows
         pattern = rf"age_ses[-_]?{re.escape(session)}"
@@ -117,7 +117,10 @@ class People:
             wanted = {"expected": "years, months, weeks or days", "done": "taken as years"}
             self.notes.add("unit", "age_years", found=declared, together=True, **wanted, **about | {"site": None, "file": "participants.json"})
         reading = read_age(written, unit or "year")
-        if reading.kind:
+        if reading.kind == "unit" and not written.strip()[-1].isalpha():  # of the whole column, as its description declares; 006M has its own
+            whole = {"site": None, "file": "participants.json"}
+            self.notes.add("unit", "age_years", expected="years", found=declared, done=f"{unit}s made years", together=True, **about | whole)
+        elif reading.kind:
             self.notes.add(reading.kind, "age_years", expected="years", found=written, done=reading.done, **about)
         site = self.database.sites.get(about["site"])
         published = (site and site.age_years) or self.database.age_years

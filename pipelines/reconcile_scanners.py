@@ -30,12 +30,14 @@ class Scanners:
         self.notes, self.database = notes, notes.database
         self._seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         """Site and field → value → scans."""
+        self._told: dict[str, str] = {}
+        """Scan → the sidecar nearest to it."""
 
     def facts(self, row: dict, sidecars: dict[str, dict]) -> dict:
         """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; the nearest of its ``sidecars``, the last, counts most."""
         site, sidecar = self.database.sites.get(row["site"]), merged(sidecars)
         about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": next(reversed(sidecars), row["t1w_path"])}
-        values = {}
+        values, self._told[row["scan_id"]] = {}, about["file"]
         for field, key in KEYS.items():
             written, expected = sidecar.get(key), getattr(site, field, None)
             reading = _read(field, written, expected)
@@ -89,7 +91,8 @@ class Scanners:
                 most = sorted(values.items(), key=lambda item: (-len(item[1]), item[0]))
                 found = ", ".join(f"{value} ({len(scans)})" for value, scans in most[:12]) + (" …" if len(most) > 12 else "")
                 others = [scan for _, scans in most[1:] for scan in scans]
-                self.notes.add(kind, field, site=site, expected="one at a site", found=found, done=done, scan=min(others), scans=len(others))
+                first = {"scan": min(others), "scans": len(others), "file": self._told[min(others)]}
+                self.notes.add(kind, field, site=site, expected="one at a site", found=found, done=done, **first)
 
 
 def _read(field: str, written: object, expected: object) -> Reading:

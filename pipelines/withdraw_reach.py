@@ -107,13 +107,15 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
         except InputError as error:
             lines.append(f"cannot be looked into: {error}")
     labels = labels_folder(params.index)
+    fetched = Path("data", gone.database)  # as fetch puts it, index reading it or not
+    folders += [fetched] if fetched.is_dir() and fetched.resolve() not in [folder.resolve() for folder in folders] else []
     folders += [labels / gone.database] if labels and (labels / gone.database).is_dir() else []
     if not gone.subjects:
-        return lines + [f"rm -r {shlex.quote(str(folder))}" for folder in folders]
+        return lines + [line for folder in folders for line in _removal(folder)]
     names = [f"sub-{subject}{rest}" for subject in gone.subjects for rest in ("", "_*")]
     for folder in folders:
         there = sorted({path for name in names for below in ("", "*/", "*/*/") for path in folder.glob(below + name)})
-        lines += [f"rm -r {shlex.quote(str(path))}" for path in there if not any(other in path.parents for other in there)]
+        lines += [line for path in there if not any(other in path.parents for other in there) for line in _removal(path)]
         if (folder / ASIDE).is_dir():
             lines.append(f"rm -r {shlex.quote(str(folder / ASIDE))} (files on their way when a fetch was stopped, theirs maybe among them)")
         for table in (path for name in ("participants.tsv", "sourcedata/*/participants.tsv") for path in sorted(folder.glob(name))):
@@ -126,6 +128,24 @@ def _raw_files(gone: Gone, params: Params) -> list[str]:
             if (folder / LEDGER).is_file() and theirs.search((folder / LEDGER).read_text(encoding="utf-8", errors="replace")):
                 lines.append(_filtered(f"grep -vE {shlex.quote(theirs.pattern)}", folder / LEDGER))
     return lines
+
+
+def _removal(path: Path) -> Iterator[str]:
+    """What removes a file or folder together with what links lead to, as DataLad's do: without links' targets the images would stay."""
+    if path.is_symlink():
+        yield from _removal(path.resolve()) if path.exists() else ()
+        yield f"rm {shlex.quote(str(path))}"
+        return
+    within = [Path(folder, name) for folder, folders, files in os.walk(path) for name in (*folders, *files)]
+    targets = {link.resolve() for link in within if link.is_symlink()}
+    away = sorted(str(target) for target in targets if path.resolve() not in target.parents)
+    for annex in dict.fromkeys(target.split("/.git/annex/")[0] for target in away if "/.git/annex/" in target):
+        there = shlex.quote(os.path.relpath(path.resolve(), annex))
+        yield f"git -C {shlex.quote(annex)} annex drop --force {there}  # the images, before the links to them; elsewhere: --from REMOTE"
+    if others := [target for target in away if "/.git/annex/" not in target and os.path.exists(target)]:
+        leads = f"find {shlex.quote(str(path))} -type l -exec sh -c 'rm -rf \"$(readlink -f \"$1\")\"' - {{}} ';'"
+        yield f"{leads}  # {len(others)} that links in it lead to, as {others[0]}"
+    yield f"rm -r {shlex.quote(str(path))}"
 
 
 def _filtered(program: str, table: Path) -> str:

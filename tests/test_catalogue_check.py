@@ -23,6 +23,7 @@ def entry(name="own", **sites) -> tuple[str, Database]:
         ),
         ({"place": "P", "scanner": "s"}, {"place": "Q", "scanner": "s"}, "sites.B.place: 'Q' came for scanner s; 'P'"),
         ({"place": "P"}, {"place": "P", "manufacturer": "SIEMENS"}, "sites.B.manufacturer: 'SIEMENS' came; 'Siemens' is wanted"),
+        ({"place": "P"}, {"place": "P", "field_strength_tesla": 2.89}, "sites.B.field_strength_tesla: 2.89 came; 3.0, as it is sold, is wanted"),
     ],
 )
 def test_entries_that_contradict_each_other(first, second, line):

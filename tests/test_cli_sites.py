@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from data_registry import schema
-from data_registry.catalogue import catalogue, catalogue_files
+from data_registry.catalogue import Database, catalogue, catalogue_files
 from data_registry.errors import InputError
 from lod_model import cli_sites
 from lod_model.cli import app
@@ -54,6 +54,8 @@ def test_words_of_the_table_and_accents_are_found_too():
     for words in (("--country", "usa"), ("--country", "UK"), ("--access", "register"), ("--place", "universite de montreal")):
         assert json.loads(output("list", *words, "--format", "json"))
     assert refused("list", "--place", "montreal").endswith(" is wanted, as in Montreal Neurological Institute; Université de Montréal")
+    assert refused("list", "--place", "nyu") == "--place nyu: no site has it; sites of that name are at New York University"
+    assert refused("list", "--place", "UM").endswith(" are at University of Michigan; Université de Montréal")
 
 
 def test_narrow_terminals_and_those_without_letters(tmp_path):
@@ -116,6 +118,18 @@ def test_all_sites_of_the_corpus_are_listed_and_test_data_only_when_asked_for():
 )
 def test_what_cannot_be_is_one_line(words, line):
     assert refused(*words).startswith(line)
+
+
+def test_show_has_an_owners_answer_with_its_letter(monkeypatch):
+    letter = "letter 2026-03-01, A. Doe, kept by us"
+    noted = {"documents": {"answer": letter}, "sources": {"redistribute.weights": "answer"}}
+    for rest, line in (({}, "redistribute  -"), ({"images": False}, "redistribute  images no  [a visit]")):
+        given = {"source": "a visit", "redistribute": rest | {"weights": True}, "site_rule": {"single": "A"}, "sites": {"A": {"place": "A"}}}
+        own = Database.model_validate({"name": "own", "title": "Own"} | given | noted)
+        monkeypatch.setattr("data_registry.catalogue.catalogue", lambda own=own: {"own": own})
+        text = output("show", "own").splitlines()
+        assert line in text and "redistribute.weights yes  [answer]" in text
+        assert json.loads(output("show", "own", "--json"))["standing"]["redistribute.weights"]["source"] == letter
 
 
 def test_show_has_terms_sites_and_where_they_were_read():

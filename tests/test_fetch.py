@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from data_registry.catalogue_schema import Site
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
-from pipelines import fetch_terms
+from pipelines import fetch_terms, fetch_transfer
 from pipelines.fetch import Choice, Network, fetch
 from pipelines.fetch_choice import find_files, find_parts
 from pipelines.fetch_routes import Changed
@@ -200,7 +201,8 @@ def test_what_is_wrong_is_named_and_not_put_in_its_place(mirror, monkeypatch, ca
         with pytest.raises(SystemExit) as ended:
             fetching.main()
         assert ended.value.code == 1 and web.sent[wrong] == 3 * len(WANTED[wrong])
-    said = capsys.readouterr().err
+    out, said = capsys.readouterr()
+    assert "next:" not in out and "error: 4 files could not be had; the same command tries them again" in said
     assert f"error: {T1W}: {len(login)} bytes are offered, an HTML page; {len(WANTED[T1W])} are wanted" in said
     assert f"error: {wrong}: SHA-256 {hashlib.sha256(WANTED[wrong]).hexdigest()} came; {'0' * 64} is wanted" in said
     assert "error: sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz: git-annex's pointer instead of the file" in said
@@ -292,6 +294,23 @@ def test_a_disk_without_room(mirror, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert ended.value.filename == f"data/small/{T1W}" and not Path("data/small", T1W).exists()
+    assert get(mirror) == {} and there() == WANTED
+
+
+def test_a_run_that_fails_leaves_no_worker_behind(mirror, monkeypatch):
+    bring, threads = fetch_transfer._Fetching._bring, threading.active_count()
+
+    def full(self, file, part):
+        if file.path == T1W:
+            raise OSError(28, "No space left on device")
+        time.sleep(0.2)
+        bring(self, file, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch_transfer._Fetching, "_bring", full)
+        with pytest.raises(OSError, match="No space left"):
+            get(mirror)
+    assert threading.active_count() == threads
     assert get(mirror) == {} and there() == WANTED
 
 

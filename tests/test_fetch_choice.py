@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import small_route
-from small_route import T1W, UNWANTED, WANTED, get, known, ledger, scan, there, write
+from small_route import NAME, T1W, UNWANTED, WANTED, get, known, ledger, scan, there, write
 
 from data_registry.catalogue_schema import LabelSource, Site, SiteRule
 from data_registry.errors import InputError
@@ -101,8 +101,12 @@ def test_sites_and_subjects_are_chosen_before_anything_comes(mirror, monkeypatch
     assert subjects(sites=["Oak"]) == {"02", "03"} and subjects(subjects=["02"]) == {"02"}
     with pytest.raises(InputError, match="--site Elm: small has no such site; one of Ash, Oak is wanted"):
         subjects(sites=["Elm"])
-    with pytest.raises(InputError, match="--subject 09: is not among the 3 at"):
+    with pytest.raises(InputError, match="--subject 09: is not among the 3 at .*; one as 01 is wanted"):
         subjects(subjects=["sub-09"])
+    Path("withdrawn.tsv").write_text(f"database\tsubject\tdate\treason\n{NAME}\t01\t2026-01-31\tasked for it\n")
+    with pytest.raises(InputError, match="; one as 02 is wanted"):
+        subjects(subjects=["sub-09"])
+    Path("withdrawn.tsv").unlink()
     known(monkeypatch, site_rule=SiteRule(sidecar="StationName"))
     with pytest.raises(InputError, match="tells a site from 'StationName' of the sidecar"):
         subjects(sites=["Oak"])

@@ -288,9 +288,25 @@ def test_broken_sidecar_broken_link_and_double_name_are_quarantined(tmp_path):
     rows = stage.index([root])
     reasons = {row["scan_id"].split("@")[0]: row["reason"] for row in rows}
     assert "not valid JSON" in reasons["db_sub-01"]
-    assert "readable file is wanted" in reasons["db_sub-02"]
+    link = f"{root}/sub-02/anat/sub-02_T1w.nii.gz: a link to a file that is not here (of DataLad's, `datalad get` fetches it)"
+    assert reasons["db_sub-02"] == f"{link}; a readable file is wanted"
     assert sum("names the same scan" in (row["reason"] or "") for row in rows) == 2
     assert reasons["db_sub-04"] is None and len({row["scan_id"] for row in rows}) == 5
+
+
+def test_scans_that_are_gone_since_the_last_index_are_told(tmp_path, caplog):
+    root = make_database(tmp_path / "data/db", subjects=("01", "02", "03", "04"), participants="")
+    (tmp_path / "params.yaml").write_text("index: {roots: [data]}\n")
+    stage.main()
+    for subject in ("01", "02"):
+        shutil.rmtree(root / f"sub-{subject}")
+    (tmp_path / "withdrawn.tsv").write_text("database\tsubject\tdate\treason\ndb\t02\t2026-01-31\tasked for it\n")
+    stage.main()
+    assert [record.getMessage() for record in caplog.records if "gone" in record.msg] == ["db: gone since the last index: 1 scans, db_sub-01"]
+    caplog.clear()
+    (tmp_path / "tables/scans.parquet").write_bytes(b"damaged")
+    stage.main()
+    assert "gone" not in caplog.text
 
 
 def test_hashes_are_cached_by_path_size_and_time(tmp_path, monkeypatch):

@@ -148,6 +148,22 @@ def test_released_weights_and_renderings(project, monkeypatch):
     assert packaged["databases"] == [] and "no scan" in packaged["notes"][0] and packaged["verdict"]["words"] == "under conditions: attribution"
 
 
+def test_who_was_withdrawn_from_the_project(project, tmp_path):
+    """By the list of scans where there is one; weights that were trained without them are not accused."""
+    project["free"] = entry("free", licence=OPEN)
+    data = {"data": {"databases": provenance.databases_seen({"train": scans_of("free_sub-1", "free_sub-2_ses-1", "free_sub-2_ses-2")})}}
+    for folder, names in (("old", ("free_sub-1", "free_sub-2_ses-1", "free_sub-2_ses-2")), ("new", ("free_sub-1",))):
+        (tmp_path / folder).mkdir()
+        provenance.write_seen(tmp_path / folder, {"train": scans_of(*names)})
+    bury([Tombstone("free", "2", "2026-03-01", "asked for it"), Tombstone("other", "", "2026-03-01", "ended")])
+    old, new, moved = (lineage.lineage(data, tmp_path / folder / "seen.tsv")["verdict"] for folder in ("old", "new", "elsewhere"))
+    assert old["reasons"] == ["free: these weights saw 1 of its people, withdrawn from this project, says withdrawn.tsv"]
+    assert (old["answer"], new["answer"], moved["answer"]) == ("not known", "yes", "yes")
+    bury([Tombstone("free", "", "2026-03-02", "ended")])
+    assert lineage.lineage(data, tmp_path / "none")["verdict"]["reasons"] == [
+        "free: these weights saw it, withdrawn from this project, says withdrawn.tsv"]  # fmt: skip
+
+
 def test_info_on_the_command_line(project, tmp_path):
     path = tmp_path / "w.pt"
     noted = {"run": "r", "trained_on": ["free.A"], "data": {"split_hash": "s", "data_hash": "d", "databases": provenance.databases_seen(ROLES)}}
@@ -164,6 +180,9 @@ def test_info_on_the_command_line(project, tmp_path):
     assert "cite\tfree: Doe & Roe 2020, doi:10.1000/x" in lines and "cite\tsigned: no citation is known" in lines
     assert "may they be shared?\tnot known" in lines and lines[-1].endswith("no legal advice.")
     assert json.loads(info("--json"))["lineage"]["verdict"]["answer"] == "not known"
+    provenance.write_seen(tmp_path, ROLES)
+    bury([Tombstone("free", "2", "2026-03-01", "asked for it")])
+    assert "because\tfree: these weights saw 1 of its people, withdrawn from this project, says withdrawn.tsv" in info().splitlines()
     assert info("--bibtex").splitlines() == [
         "@misc{free,", "  title = {Free},", r"  note = {Doe \& Roe 2020},", "  doi = {10.1000/x},", "}", "% signed: no citation is known",
     ]  # fmt: skip

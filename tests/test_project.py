@@ -82,3 +82,23 @@ def test_nothing_to_work_on(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         data_project(tmp_path / "none", tmp_path / "to")
     assert not (tmp_path / "to").exists()
+
+
+def test_in_git_and_on_another_machine(tmp_path):
+    """Git is given what a project decides and what it must remember, nobody's data and no link; a clone is set up by the same command."""
+    add_subject(tmp_path / "data/alpha", "01", seed=1)
+    folder = data_project(tmp_path / "data", tmp_path / "project")
+    rules = [line for line in (CHECKOUT / ".gitignore").read_text().splitlines() if line.startswith("/")]
+    for rule in (*rules, "/.dvc/cache/", "/.dvc/tmp/"):
+        (folder / rule[1:]).mkdir(parents=True, exist_ok=True)
+        (folder / rule[1:] / "sub-01.nii.gz").touch()
+    (folder / "withdrawn.tsv").touch()
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    subprocess.run(["git", "add", "--all"], cwd=folder, check=True)
+    kept = subprocess.run(["git", "ls-files"], cwd=folder, check=True, capture_output=True, text=True).stdout.split()
+    assert kept == [".dvc/config", ".dvcignore", ".gitignore", "params.yaml", "withdrawn.tsv"]
+    (folder / "pipelines").unlink()
+    (folder / "pipelines").symlink_to("/nowhere/pipelines")
+    (folder / ".gitignore").write_text("own\n")
+    assert data_project(tmp_path / "data", folder) == folder and (folder / "pipelines").resolve() == CHECKOUT / "pipelines"
+    assert (folder / ".gitignore").read_text() == "own\n"

@@ -184,6 +184,31 @@ def test_files_and_label_maps_that_two_scans_share_are_said(tmp_path):
     assert labels == {("one_sub-01_ses-2", "aseg", "1"), ("two_sub-01_ses-2", "aseg", "1")}
 
 
+def test_a_database_that_came_twice_is_a_line_of_the_page_for_each(tmp_path, caplog):
+    for name in ("one", "two"):
+        make(tmp_path / "data" / name, dict.fromkeys(("01", "02", "03"), SIEMENS))
+        for path in (tmp_path / "data" / name).rglob("*.nii.gz"):
+            path.write_text(path.name)
+    checks: list = []
+    stage.index([tmp_path / "data"], checks=checks)
+    conflicts.write_conflicts(checks)
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", conflicts.CONFLICTS_HTML.read_text()))
+    assert "one one person two one person in all of them 3 one_sub-01" in page and "two two person one one person in all of them 3 two_sub-01" in page
+    assert "3 files lie in one and two alike, and each is taken for one person's" in caplog.text
+    assert {row["found"] for row in conflicts.conflict_rows(checks) if row["scan"] == "one_sub-02"} >= {"two_sub-02"}
+
+
+def test_a_unit_of_all_ages_and_rows_that_are_not_there_are_a_line_each(tmp_path, reconcile):
+    table = "participant_id\tage\nsub-01\t24\nsub-02\t30\nsub-03\t006M\nsub-04\t1400\n"
+    root = make(tmp_path / "kids", dict.fromkeys(("01", "02", "03", "04", "05", "06")), table, participants={"age": {"Units": "months"}})
+    rows, found = reconcile(root)
+    assert [row["age_years"] for row in rows.values()] == [2, 2.5, 0.5, None, None, None]
+    units = {(row["found"], row["done"], row["scans"], row["file"]) for row in found if row["kind"] == "unit"}
+    assert units == {("months", "months made years", "2", "participants.json"), ("006M", "months made years: 0.5", "1", "participants.tsv")}
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", conflicts.CONFLICTS_HTML.read_text()))
+    assert "no row age and sex are null 2 kids_sub-05" in page
+
+
 def test_declared_units_codes_and_columns_of_a_session(tmp_path, reconcile):
     table = "participant_id\tGender\t age (months)\tage_ses-2\nsub-01\t1\t24\t36\nsub-02\t2\t30\tn/a\nsub-03\t3\t12\tn/a\n"
     described = {"Gender": {"Levels": {"1": "Male", "2": "female"}}, "age (months)": {"Units": "months"}, "age_ses-2": {"Units": "Months"}}
@@ -220,6 +245,7 @@ def test_scanners(tmp_path, reconcile):
     assert (taken["scans"], taken["expected"], taken["scan"]) == ("2", "TrioTim", "db_sub-03")
     (odd,) = [row for row in found if row["kind"] == "contradicting sidecars" and row["field"] == "field_strength_tesla"]
     assert (odd["found"], odd["done"]) == ("1.5 (1), 3 (1)", "each scan keeps its own")
+    assert (odd["scan"], odd["file"]) == ("db_sub-01", "sub-01/anat/sub-01_T1w.json")
     assert next(row for row in found if row["subject"] == "02" and row["field"] == "model")["file"] == "sub-02/anat/sub-02_T1w.json"
 
 
@@ -326,12 +352,14 @@ def test_the_page_has_one_line_for_what_is_one_decision(tmp_path, reconcile):
 
 
 def test_files_are_the_same_bytes_anywhere_and_hold_any_text(tmp_path, reconcile):
-    evil = {"Manufacturer": '<script>x</script>\t\n"q', "InstitutionName": "=1+1"}
+    evil = {"Manufacturer": '<script>x</script>\t\n"q', "ManufacturersModelName": '"Trio', "InstitutionName": "=1+1"}
     texts = []
     for place in ("a", "b"):
         _, found = reconcile(make(tmp_path / place / "pilot", {"01": evil, "02": SIEMENS}, TABLE + "sub-02\tA\t=cmd|x\tF\n"))
         texts.append((conflicts.CONFLICTS_TSV.read_bytes(), conflicts.CONFLICTS_HTML.read_bytes()))
     assert texts[0] == texts[1]
+    for quoting in (csv.QUOTE_NONE, csv.QUOTE_MINIMAL):  # whatever a program takes double quotes for
+        assert list(csv.DictReader(texts[0][0].decode().splitlines(), delimiter="\t", quoting=quoting)) == found
     assert list(found[0]) == CONFLICTS.names and all(None not in row.values() and None not in row for row in found)
     page = texts[0][1].decode()
     assert "<script>x" not in page and "&lt;script&gt;x" in page

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from small_heads import add_subject
+from small_heads import CHECKOUT, add_subject
 
 from data_registry import shards
 from data_registry.errors import InputError
@@ -114,6 +114,20 @@ def test_stopped_at_any_moment_it_goes_on(copy, monkeypatch, step):
         with pytest.raises(KeyboardInterrupt):
             withdraw.withdraw("alpha", [GONE], "asked for it")
     assert withdrawn().has("alpha", GONE)  # first of all
+    withdraw.withdraw("alpha", [GONE], "asked for it")
+    assert files("shards") | files("tables") == expected(copy)
+
+
+def test_stopped_because_nobody_reads_what_it_says(copy):
+    """As behind `| head -1`."""
+    command = [sys.executable, "-m", "pipelines.withdraw", "alpha", "--subject", GONE, "--reason", "asked for it"]
+    read, write = os.pipe()
+    os.close(read)
+    done = run_for_real(command, stdout=write, stderr=-1, text=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, check=False)
+    os.close(write)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+    assert told == ["error: stopped, as who read the output is gone; what is complete is kept, run the same command again to go on"]
+    assert done.returncode == 2 and withdrawn().has("alpha", GONE)
     withdraw.withdraw("alpha", [GONE], "asked for it")
     assert files("shards") | files("tables") == expected(copy)
 
@@ -341,6 +355,43 @@ def test_a_slip_of_the_pen_withdraws_nothing(copy, database, subjects, words):
     with pytest.raises(InputError, match=words):
         withdraw.withdraw(database, subjects, "slip")
     assert not Path("withdrawn.tsv").exists()
+
+
+def test_images_that_links_lead_to_go_too(copy, capsys):
+    """A database that is a link, in it a subject of links to another disk, and one of DataLad's, of whom one image is not here."""
+    for subject in (GONE, APART, "x"):
+        add_subject(Path("disk/alpha"), subject, seed=1)
+    t1w, annexed, own = (Path(f"disk/alpha/sub-{subject}/anat/sub-{subject}_T1w.nii.gz") for subject in (GONE, APART, "x"))
+    Path("disk/alpha/.git/annex/objects/k").mkdir(parents=True)
+    for path, target in ((t1w, Path("disk/far away.nii.gz")), (annexed, Path("disk/alpha/.git/annex/objects/k/k"))):
+        path.rename(target)
+        path.symlink_to(target.absolute())
+    annexed.with_name(f"sub-{APART}_run-2_T1w.nii.gz").symlink_to("../../.git/annex/objects/gone")
+    own.with_name("same.nii.gz").symlink_to(own.name)
+    Path("roots").mkdir()
+    Path("roots/alpha").symlink_to("../disk/alpha")
+    withdraw.withdraw("alpha", [GONE, "x"], "asked for it")
+    commands = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith(("  rm -r roots", "  find"))]
+    assert len(commands) == 5 and f"as {Path('disk/far away.nii.gz').absolute()}" in commands[2]
+    run_for_real(["bash", "-euc", "\n".join(commands)], check=True)
+    assert not Path("disk/far away.nii.gz").exists() and not t1w.parent.exists() and not own.parent.exists() and annexed.exists()
+    withdraw.withdraw("alpha", [APART], "asked for it")
+    drop = f"  git -C {Path('disk/alpha').absolute()} annex drop --force sub-{APART}  #"
+    said = capsys.readouterr().out.splitlines()
+    (place,) = [number for number, line in enumerate(said) if line.startswith(drop)]
+    assert said[place + 1] == f"  rm -r roots/alpha/sub-{APART}"
+    withdraw.withdraw("alpha", [], "agreement ended")
+    said = capsys.readouterr().out.splitlines()
+    assert said[said.index("  rm roots/alpha") - 1] == f"  rm -r {Path('disk/alpha').absolute()}"
+
+
+def test_what_was_fetched_and_is_not_indexed_is_told_too(copy, capsys):
+    add_subject(Path("data/ixi"), "IXI002Guys0828", seed=1)
+    withdraw.withdraw("ixi", ["IXI002Guys0828"], "asked for it")
+    assert "  rm -r data/ixi/sub-IXI002Guys0828\n" in capsys.readouterr().out
+    Path("params.yaml").write_text(PARAMS.replace("[roots]", "[data/ixi]"))
+    withdraw.withdraw("ixi", [], "asked for it")
+    assert capsys.readouterr().out.count("rm -r data/ixi\n") == 1
 
 
 def test_a_person_of_a_database_that_is_not_here_yet(copy, caplog):
