@@ -11,18 +11,14 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import track
 
 from data_registry.catalogue import find_database
 from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
-from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
 from data_registry.ledgers import WITHDRAWN, Withdrawn, owner, withdrawn
 from data_registry.params import Index, load_params
@@ -30,12 +26,12 @@ from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
 from pipelines.bids_files import T1w, find_t1w
 from pipelines.conflicts import CONFLICTS_TSV, write_conflicts
+from pipelines.hashes import hash_files
 from pipelines.participants import Participants
 from pipelines.reconcile import Reconciliation
 from pipelines.reconcile_scanners import merged
 
 log = logging.getLogger("lodbrain.index")
-HASH_CACHE = Path("cache/hashes.parquet")
 SCANS_TABLE = Path("tables/scans.parquet")
 MOST_NAMED = 20
 """Quarantined scans that are named on the terminal."""
@@ -78,7 +74,7 @@ def index(
     rows, unusable = _not_withdrawn(databases, labels, checks)
     _tell_apart(rows)
     if not unusable:
-        _hash_files(rows, databases)
+        hash_files(rows, databases)
         _tell_of_shared(_judge_same_content(rows), checks)
     name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
@@ -240,45 +236,6 @@ def _tell_apart(rows: list[dict]) -> None:
             row["scan_id"] = f"{row['scan_id']}@{row['t1w_path']}"
             row["reason"] = row["reason"] or f"{row['t1w_path']}: names the same scan as {other['t1w_path']}; one file for one scan is wanted"
             other["reason"] = other["reason"] or f"{other['t1w_path']}: names the same scan as {row['t1w_path']}; one file for one scan is wanted"
-
-
-def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
-    """Fill in the SHA-256 of every T1w and label map; a file that cannot be read quarantines its scan."""
-    try:
-        known = {(r["path"], r["bytes"], r["mtime_ns"]): r["sha256"] for r in pq.read_table(HASH_CACHE).to_pylist()}
-    except (OSError, pa.ArrowInvalid):  # none yet, or damaged: it is a cache
-        known = {}
-    wanted = [(row, row, "t1w", row["t1w_path"]) for row in rows] + [(row, label, "", label["path"]) for row in rows for label in row["labels"]]
-
-    def one(item: tuple) -> tuple | None:
-        row, _, _, path = item
-        file = (databases[row["database"]] / path).resolve()
-        try:
-            status = file.stat()
-            if not status.st_size:  # all empty files have the same bytes
-                return None, f"{databases[row['database']] / path}: an empty file; a volume is wanted"
-            key = (str(file), status.st_size, status.st_mtime_ns)
-            return key, known.get(key) or sha256(file)
-        except OSError as error:
-            there = databases[row["database"]] / path
-            annexed = isinstance(error, FileNotFoundError) and there.is_symlink()
-            why = "a link to a file that is not here (of DataLad's, `datalad get` fetches it)" if annexed else error.strerror
-            return None, f"{there}: {why}; a readable file is wanted"
-
-    cache, kept = {}, known
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            results = track(pool.map(one, wanted), "index: hashing", total=len(wanted), console=Console(stderr=True), transient=True)
-            for (row, target, kind, _), (key, value) in zip(wanted, results, strict=True):
-                if key is None:
-                    row["reason"] = row["reason"] or value
-                    continue
-                target["t1w_sha256" if kind else "sha256"] = cache[key] = value
-        kept = {}
-    finally:  # stopped midway, what was read is not read again
-        table = pa.Table.from_pylist([{"path": p, "bytes": b, "mtime_ns": t, "sha256": h} for (p, b, t), h in sorted((kept | cache).items())])
-        with replacing(HASH_CACHE) as aside:
-            pq.write_table(table, aside)
 
 
 def _judge_same_content(rows: list[dict]) -> list[list[dict]]:

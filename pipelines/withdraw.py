@@ -33,7 +33,8 @@ from data_registry.shard_store import ShardStore, open_store
 from pipelines.attempts import clean
 from pipelines.fetch_people import cells_of
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
-from pipelines.index import HASH_CACHE, SCANS_TABLE, find_databases
+from pipelines.hashes import forget_hashes
+from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.quality import PAGES, forget
 from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
 
@@ -151,7 +152,7 @@ def _removed(found: Gone, gone: Withdrawn, store: ShardStore, scans: list[dict],
     if copies := _drop_copies(Path(params.resources.cache_folder), gone):
         yield f"{copies} copies of shards in {params.resources.cache_folder}"
     clean()
-    _forget_hashes(found.scans)
+    forget_hashes(found.scans)
     for path, number in _clear_tables(SCANS_TABLE.parent, gone, [row["scan_id"] for row in found.scans]):
         yield f"{path}: {f'{number} rows' if number else 'the file, which its stage makes again'}"
     if looks := forget(gone):
@@ -219,19 +220,6 @@ def _drop_copies(folder: Path, gone: Withdrawn) -> int:
             copy.unlink(missing_ok=True)
             number += 1
     return number
-
-
-def _forget_hashes(own: tuple[dict, ...]) -> None:
-    """Take their files out of index's cache of hashes."""
-    digests = {row["t1w_sha256"] for row in own} | {label["sha256"] for row in own for label in row["labels"]}
-    try:
-        table = pq.read_table(HASH_CACHE)
-    except (OSError, pa.ArrowInvalid):  # none, or damaged: it is a cache
-        HASH_CACHE.unlink(missing_ok=True)
-        return
-    kept = table.filter(pc.invert(pc.is_in(table["sha256"], pa.array(sorted(filter(None, digests)), pa.string()))))
-    with replacing(HASH_CACHE) as aside:
-        pq.write_table(kept, aside)
 
 
 def _clear_tables(folder: Path, gone: Withdrawn, scan_ids: list[str]) -> Iterator[tuple[Path, int]]:
