@@ -8,6 +8,7 @@
 - ``n4_whitestripe``: N4, then WhiteStripe.
 """
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -214,6 +215,18 @@ def histogram_of(grey: np.ndarray) -> np.ndarray:
     even = values.size // 2 * 2
     pairs = np.bincount(values[:even].view(np.uint16), minlength=65536).reshape(256, 256)
     return pairs.sum(0) + pairs.sum(1) + np.bincount(values[even:], minlength=256)
+
+
+def voxels_sha256(grey: np.ndarray, histogram: np.ndarray) -> str:
+    """SHA-256 of a T1w on the grid by the robust window, so that uint8 that passed unchanged has that of the same voxels in any other file."""
+    counts = histogram.cumsum()
+    low = int(np.searchsorted(counts, np.floor(0.001 * (counts[-1] - 1)), side="right"))
+    above = counts[-1] - counts[low]
+    high = int(np.searchsorted(counts, counts[low] + np.ceil(0.999 * (above - 1)), side="right"))
+    if (low, high) != (0, 255) and above:
+        window = (np.arange(256, dtype=np.float32) - np.float32(low)) * np.float32(255 / (high - low))
+        grey = np.rint(np.clip(window, 0, 255)).astype(np.uint8)[grey]
+    return hashlib.sha256(grey).hexdigest()
 
 
 def moments(histogram: np.ndarray) -> tuple[float, float]:

@@ -17,6 +17,8 @@ from data_registry.tsv import read_tsv
 log = logging.getLogger("lodbrain.people")
 COLUMNS = ("database", "subject", "person")
 KNOWN = "person:"
+ABSENT = "~"
+"""Sorts after all other names, so that nobody who is there is called by it."""
 
 
 def read_people(tables: Sequence[Path]) -> dict[tuple[str, str], str]:
@@ -48,14 +50,14 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
         for rule in database.same_people:
             if rule.database not in databases and rule.database not in catalogue():
                 raise InputError(f"catalogue/{name}.yaml: same_people names {rule.database}, which is no database of the catalogue")
-            if rule.subject is None or rule.database not in databases:
+            if rule.subject is None:
                 continue
             found = _matched(name, rule, of_subject)
-            if not found:
+            if rule.database in databases and all(max(tie).startswith(ABSENT) for tie in found):
                 said = name, rule.subject, rule.database, rule.theirs
                 log.warning("same_people of %s: no subject matches %r with one of %s, %r; the rule is idle", *said)
             ties += found
-    ties += [{of_subject[key], KNOWN + person} for key, person in known.items() if key in of_subject]
+    ties += [{_name(key, of_subject), KNOWN + person} for key, person in known.items()]
     if absent := [key for key in known if key not in of_subject and (key[0] in databases or key[0] not in catalogue())]:
         log.warning("%d subjects of index.people are not there, e.g. sub-%s of %s", len(absent), absent[0][1], absent[0][0])
     merge_people(rows, ties)
@@ -66,14 +68,17 @@ def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapp
 
 
 def _matched(name: str, rule: SamePeople, of_subject: Mapping[tuple[str, str], str]) -> list[set[str]]:
-    """The two persons of each subject of database ``name`` that the rule finds in the other database."""
-    found = []
-    for (database, subject), person in of_subject.items():
-        match = re.fullmatch(rule.subject, subject) if database == name else None
-        theirs = of_subject.get((rule.database, match.expand(rule.theirs))) if match else None
-        if theirs:
-            found.append({person, theirs})
-    return found
+    """Of each subject of database ``name`` whom the rule matches, their person and the one that it leads to."""
+    return [
+        {person, _name((rule.database, match.expand(rule.theirs)), of_subject)}
+        for (database, subject), person in of_subject.items()
+        if database == name and (match := re.fullmatch(rule.subject, subject))
+    ]
+
+
+def _name(key: tuple[str, str], of_subject: Mapping[tuple[str, str], str]) -> str:
+    """The person of a (database, subject), also of one who is not there: two who are said to be them are one."""
+    return of_subject.get(key, ABSENT + "/".join(key))
 
 
 def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
@@ -94,6 +99,25 @@ def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
                 parent[two] = one
     for row in rows:
         row["person"] = root(row["person"])
+
+
+def merge_families(rows: Iterable[dict]) -> None:
+    """Give ``rows`` of a person the family that any of them names, and families that a person ties together one name.
+
+    >>> stated = [("a/1", None), ("a/1", "b/F"), ("c/1", "b/F"), ("c/1", "a/G"), ("d/1", None)]
+    >>> rows = [{"person": person, "family": family} for person, family in stated]
+    >>> merge_families(rows)
+    >>> [row["family"] for row in rows]
+    ['a/G', 'a/G', 'a/G', 'a/G', None]
+    """
+    of_person: dict[str, set[str]] = {}
+    for row in rows:
+        if row["family"]:
+            of_person.setdefault(row["person"], set()).add(row["family"])
+    named = [{"row": row, "person": min(of_person[row["person"]])} for row in rows if row["person"] in of_person]
+    merge_people(named, of_person.values())
+    for one in named:
+        one["row"]["family"] = one["person"]
 
 
 def _rank(name: str) -> tuple[bool, str]:

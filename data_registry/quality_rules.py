@@ -117,7 +117,7 @@ def judge(
         doubts.append(f"voxels are {edge:.2g} mm long; at most {MAX_VOXEL_MM:g} mm is expected")
     outside = figures.get("labels_outside")
     if outside is not None and outside > MAX_OUTSIDE:
-        sentence = f"{outside:.0%} of the labelled voxels lie outside the head; at most {MAX_OUTSIDE:.0%} is expected (are they this scan's?)"
+        sentence = f"{100 * outside:.3g}% of the labelled voxels lie outside the head; at most {MAX_OUTSIDE:.0%} is expected (are they this scan's?)"
         (failures if outside > FAIL_OUTSIDE else doubts).append(sentence)
     for face, area in zip(FACES, figures.get("brain_cut_cm2") or (), strict=False):
         if area > MAX_CUT_CM2:
@@ -134,7 +134,7 @@ def judge(
     sides = figures.get("asymmetry")
     if sides is not None and abs(sides) > MAX_ASYMMETRY:
         larger = "left" if sides > 0 else "right"
-        doubts.append(f"the {larger} side's labels are {abs(sides):.0%} larger than the other's; at most {MAX_ASYMMETRY:.0%} is expected")
+        doubts.append(f"the {larger} side's labels are {100 * abs(sides):.3g}% larger than the other's; at most {MAX_ASYMMETRY:.0%} is expected")
     apart = figures.get("left_mm")
     if apart is not None and apart <= 0:
         failures.append(f"the left's labels lie {-apart:.0f} mm to the right of the right's; they are expected on the left (a flipped map?)")
@@ -170,7 +170,7 @@ def _volumes(volumes: Mapping[str, float], age_years: float | None) -> tuple[lis
         doubts.append(f"the labelled brain has {brain:.0f} mL; at least {ADULT_ML[0]:.0f} mL are expected after early childhood (age unknown)")
     for name, (low, high) in row.shares.items():
         if not low <= volumes[name] / brain <= high:
-            doubts.append(f"{name} is {volumes[name] / brain:.1%} of the labelled brain; {low:.0%} to {high:.0%} are expected")
+            doubts.append(f"{name} is {100 * volumes[name] / brain:.3g}% of the labelled brain; {low:.0%} to {high:.0%} are expected")
     low, high = row.ventricles_ml
     if not low <= volumes["ventricles"] <= high:
         doubts.append(f"the ventricles have {volumes['ventricles']:.3g} mL; {low:.0f} to {high:.0f} mL are expected of {whom}")

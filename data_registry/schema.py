@@ -110,7 +110,8 @@ SAMPLES = pa.schema([
     _column("mean", pa.float64(), "of the T1w over the whole grid, padding included", "uint8 intensity"),
     _column("deviation", pa.float64(), "population standard deviation over the whole grid", "uint8 intensity"),
     _column("histogram", pa.list_(pa.int64()), "voxels of each uint8 intensity", "voxels"),
-    _column("voxels_sha256", pa.string(), "of the T1w's voxels on the grid, whatever file, header or place they came from"),
+    _column("voxels_sha256", pa.string(), "of the T1w's voxels on the grid, whatever file, type or axis order they came from, but for roundings "
+            "of what was interpolated"),
     _column("likeness", pa.string(), "what describes the person, see data_registry/likeness.py: signed bytes in hex; null if no brain was found"),
     _column("label_volumes_ml", VOLUMES, "volume of each foreground class of the stored block protocol", "mL"),
 ])

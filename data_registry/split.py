@@ -13,11 +13,13 @@ group's machines out of training.
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from data_registry.errors import InputError
 from data_registry.params import Split, fingerprint
+from data_registry.schema import read_table, table_metadata
 
 ROLES = ("train", "val", "internal_test", "external_test", "excluded")
 _PEOPLE_GUARDS = {"person": "person", "family": "family", "content": "t1w_sha256", "suspected": "suspected"}
@@ -121,14 +123,7 @@ def _fold_roles(fold, folds, scans, group_of, unit_of, members, fold_of, setting
     held = {scan["scan_id"] for scan in scans if fold_of[group_of[scan["scan_id"]]] == fold}
     held_units = {unit_of[scan_id] for scan_id in held}
     held_scanners = {scan["scanner"] for scan in scans if scan["scan_id"] in held} - {None} if "scanner" in settings.guards else set()
-    internal = set()
-    bins = max(folds - 1, round(1 / settings.internal_share)) if settings.internal_share else 0
-    for group, units in members.items():
-        if fold_of[group] != fold and len(units) > 1 and bins:
-            turn = (fold - fold_of[group] - 1) % folds
-            internal |= {unit for place, unit in enumerate(units) if place % bins == turn} - held_units
-    val = _validation_units(members, fold_of, fold, internal | held_units, settings)
-    roles, reasons = {}, {}
+    roles, reasons, free = {}, {}, defaultdict(list)
     for scan in scans:
         scan_id, unit = scan["scan_id"], unit_of[scan["scan_id"]]
         if scan_id in held:
@@ -138,18 +133,28 @@ def _fold_roles(fold, folds, scans, group_of, unit_of, members, fold_of, setting
         elif scan["scanner"] in held_scanners:
             roles[scan_id], reasons[scan_id] = "excluded", f"made on a scanner of a held-out {settings.key} ({scan['scanner']})"
         else:
-            roles[scan_id] = "internal_test" if unit in internal else "val" if unit in val else "train"
+            free[unit].append(scan_id)
+    internal = set()
+    bins = max(folds - 1, round(1 / settings.internal_share)) if settings.internal_share else 0
+    for group, units in members.items():
+        turn = (fold - fold_of[group] - 1) % folds
+        asked = {unit for place, unit in enumerate(units) if bins and place % bins == turn} & free.keys()
+        if asked < free.keys() & units:  # unseen people of a place that others are trained on
+            internal |= asked
+    val = _validation_units(members, fold, free.keys() - internal, settings)
+    for unit, scan_ids in free.items():
+        roles |= dict.fromkeys(scan_ids, "internal_test" if unit in internal else "val" if unit in val else "train")
     return roles, reasons
 
 
-def _validation_units(members, fold_of, fold: int, taken: set[str], settings: Split) -> set[str]:
-    """People for validation: one from each group in turn, from groups that keep somebody to train on first."""
-    free = {group: [u for u in units if u not in taken] for group, units in members.items() if fold_of[group] != fold}
-    number = sum(map(len, free.values()))
-    wanted = max(1, round(settings.val_share * number)) if settings.val_share and number > 1 else 0
+def _validation_units(members, fold: int, free: set[str], settings: Split) -> set[str]:
+    """Of ``free`` people those for validation: one from each group in turn, from groups that keep somebody to train on first."""
+    own = {group: [u for u in units if u in free] for group, units in members.items()}
+    number = len(free)
+    wanted = min(max(1, round(settings.val_share * number)), number - 1) if settings.val_share and number else 0
     queue = [
         (len(units) < 2, place, _draw(settings.seed, f"{fold}/{unit}"), unit)
-        for units in free.values()
+        for units in own.values()
         for place, unit in enumerate(sorted(units, key=lambda unit: _draw(settings.seed, f"{fold}/{unit}")))
     ]
     return {unit for *_, unit in sorted(queue)[:wanted]}
@@ -183,7 +188,7 @@ def _notes(roles: dict[str, str], unit_of: dict[str, str]) -> list[str]:
     for role in ("train", "val", "internal_test"):
         people = len({unit_of[scan_id] for scan_id, r in roles.items() if r == role})
         if people < FEW_PEOPLE:
-            notes.append(f"{role} has {people} people: too few for a figure to mean much" if people else f"no people for {role}")
+            notes.append(f"{role} has one person: too few for a figure to mean much" if people else f"no people for {role}")
     return notes
 
 
@@ -227,6 +232,14 @@ def resolution(native_affine: Sequence[float]) -> str:
 def split_hash(rows: list[dict]) -> str:
     """Hash of who has which role in which fold."""
     return fingerprint(sorted([row["fold"], row["scan_id"], row["role"]] for row in rows))
+
+
+def data_hash(tables: Path) -> str:
+    """Hash of all that training and evaluation read in the shards: of scans that the frozen split names, whatever else the samples table holds."""
+    named = set(read_table(tables / "split.parquet", "split")["scan_id"].to_pylist())
+    samples = read_table(tables / "samples.parquet", "samples").select(["scan_id", "shard_sha256", "row_group"]).to_pylist()
+    rows = sorted([row["scan_id"], row["shard_sha256"], row["row_group"]] for row in samples if row["scan_id"] in named)
+    return fingerprint(rows, table_metadata(tables / "samples.parquet").get("preparation"))
 
 
 def _draw(seed: int, name: str) -> str:

@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_registry import protocol as protocols
 from data_registry.errors import InputError, run_stage
-from data_registry.files import replacing, sha256
+from data_registry.files import replacing
 from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import RESULTS, read_table, table_metadata, write_table
+from data_registry.split import data_hash
 from lod_model import metrics
 from lod_model.data import Scan, all_folds, preparation
 from lod_model.predict import best_device, output_protocol, predict_classes, with_engine
@@ -59,7 +60,7 @@ def main() -> None:
     split_hash = table_metadata(TABLES / "split.parquet")["split_hash"]
     places = sorted((scan.scan_id, scan.place) for scan in (scan for roles in folds.values() for scans in roles.values() for scan in scans))
     versions = [(name, protocols.load(name).version) for name in params.train.protocols]
-    identity = fingerprint(RECIPE_VERSION, params.evaluate.postprocess, versions, split_hash, sha256(TABLES / "samples.parquet"), places)
+    identity = fingerprint(RECIPE_VERSION, params.evaluate.postprocess, versions, split_hash, data_hash(TABLES), places)
     kept = _kept_rows(identity)
     contenders = [contender for fold, roles in folds.items() for contender in _contenders(params, fold, roles)]
     rows: list[dict] = []

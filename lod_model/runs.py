@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from data_registry import protocol
-from data_registry.files import sha256
 from data_registry.params import Params, fingerprint
 from data_registry.schema import table_metadata
+from data_registry.split import data_hash
 
 TABLES = Path("tables")
 CHECKPOINTS = Path("checkpoints")
@@ -28,7 +28,7 @@ def training_identity(network: str, params: Params) -> str:
 
 def tracking_tags() -> dict[str, str]:
     """Hashes of the split and of the data, as MLflow's runs carry them."""
-    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": sha256(TABLES / "samples.parquet")}
+    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": data_hash(TABLES)}
 
 
 def run_key(run: str, identity: str, fold: int | None = None) -> str:

@@ -14,7 +14,6 @@ cluster, or as a job, whose own folder is a copy of the code: hence ``--project`
 """
 
 import argparse
-import hashlib
 import json
 import logging
 import os
@@ -28,7 +27,7 @@ import numpy as np
 
 from data_registry import conform, protocol, shards
 from data_registry.errors import InputError, run_stage
-from data_registry.intensity import ROBUST, Preparation, above_air, histogram_of, moments, prepare
+from data_registry.intensity import ROBUST, Preparation, above_air, histogram_of, moments, prepare, voxels_sha256
 from data_registry.label_fit import check_fit
 from data_registry.ledgers import withdrawn
 from data_registry.likeness import describe
@@ -45,7 +44,7 @@ from pipelines.progress import Scans
 log = logging.getLogger("lodbrain.harmonise")
 SAMPLES_TABLE = Path("tables/samples.parquet")
 SHARD_FOLDER = Path("shards")
-RECIPE_VERSION = 5
+RECIPE_VERSION = 6
 """Part of every shard's recipe; raise it when a change of code changes the bytes of a shard."""
 
 
@@ -260,7 +259,7 @@ def harmonise_scan(scan: dict, root: Path, settings: Harmonise) -> tuple[dict[st
         "deviation": deviation,
         "histogram": histogram.tolist(),
         "label_volumes_ml": volumes,
-        "voxels_sha256": hashlib.sha256(t1w).hexdigest(),
+        "voxels_sha256": voxels_sha256(t1w, histogram),
     }
     if settings.likeness and (described := describe(above_air(t1w, _preparation(settings)), placement.voxel_mm)) is not None:
         sample["likeness"] = described.tobytes().hex()

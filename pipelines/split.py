@@ -11,6 +11,7 @@ from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
 from data_registry.ledgers import withdrawn
 from data_registry.params import Params, Split, load_params
+from data_registry.people import merge_families
 from data_registry.schema import read_table, write_table
 from pipelines.harmonise import SAMPLES_TABLE
 from pipelines.index import SCANS_TABLE
@@ -25,16 +26,20 @@ SPLIT_PROOF = Path("tables/split.json")
 def main() -> None:
     """Split the harmonised scans that have labels of the trained protocol."""
     params = load_params()
-    usable, labelled, notes = _chosen(params)
-    findings, people = find_people(usable, labelled, {row["database"]: find_database(row["database"]) for row in usable})
+    usable, everybody, samples, notes = _chosen(params)
+    findings, people = find_people(everybody, samples, {name: find_database(name) for name in {row["database"] for row in everybody}})
+    merge_families(everybody)
     write_findings(findings)  # also for who must look at them since the split is refused
+    notes += _notes_on_people(people, samples, params.split)
+    for note in notes:  # before a refusal, which they may explain
+        log.warning(note)
     rows, fold_notes = split.compile_split(usable, params.split)
     proof = split.prove(rows, usable, params.split)
     assert not any(entry["overlaps"] for entry in proof), f"the split leaks: {[e for e in proof if e['overlaps']]}"
-    notes += _notes_on_people(people, labelled, params.split)
     folds, digest = len(fold_notes), split.split_hash(rows)
     if not params.split.holdout and folds < params.split.folds:
         notes.append(f"{folds} folds instead of {params.split.folds}: there are {folds} groups of key {params.split.key}")
+        log.warning(notes[-1])
     content = {
         "split_hash": digest,
         "key": params.split.key,
@@ -47,14 +52,14 @@ def main() -> None:
     write_table(SPLIT_TABLE, "split", rows, metadata={"split_hash": digest})
     with replacing(SPLIT_PROOF) as aside:
         aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for line in [*notes, *(f"fold {fold}: {note}" for fold, these in enumerate(fold_notes) for note in these)]:
+    for line in (f"fold {fold}: {note}" for fold, these in enumerate(fold_notes) for note in these):
         log.warning(line)
     log.info("%s: %d folds over %d scans, hash %s, no leak in %d checks", SPLIT_TABLE, folds, len(usable), digest[:12], len(proof))
 
 
-def _chosen(params: Params) -> tuple[list[dict], list[dict], list[str]]:
-    """The scans to split (rows of the scans table, each with its ``resolution``), their rows of the samples table, and a note on each scan
-    that is left out. Raises :class:`InputError` if none is left."""
+def _chosen(params: Params) -> tuple[list[dict], list[dict], list[dict], list[str]]:
+    """Rows of the scans table to split, each with its ``resolution``, and of everybody, as ties reach through scans that get no role, too; rows
+    of the samples table; a note on each scan that is left out. Raises :class:`InputError` if there is none to split."""
     scans = {row["scan_id"]: row for row in read_table(SCANS_TABLE, "scans").to_pylist()}
     gone = withdrawn()  # index and harmonise leave these out; tables from before, as `dvc checkout` brings back, have them
     samples = [row for row in read_table(SAMPLES_TABLE, "samples").to_pylist() if row["status"] == "ok" and not gone.has_scan(row["scan_id"])]
@@ -68,21 +73,24 @@ def _chosen(params: Params) -> tuple[list[dict], list[dict], list[str]]:
         raise InputError(f"{QUALITY_TABLE}: the verdict on all {len(failed)} labelled scans is fail; a scan is wanted (or split.quality: report)")
     if not labelled:
         raise InputError(f"{SAMPLES_TABLE}: no scan has labels of protocol {asked} (sources {', '.join(wanted)})")
-    usable = [scans[row["scan_id"]] | {"resolution": split.resolution(row["native_affine"])} for row in labelled]
+    usable = [scans[row["scan_id"]] for row in labelled]
+    for scan, row in zip(usable, labelled, strict=True):
+        scan["resolution"] = split.resolution(row["native_affine"])
+    everybody = [row for row in scans.values() if not gone.has_scan(row["scan_id"])]
     notes = [f"{row['scan_id']}: left out, no labels of protocol {asked} (has {_has(row)})" for row in unlabelled]
     notes += [f"{scan_id}: left out, its quality fails: {reason}" for scan_id, reason in failed.items()]
-    return usable, labelled, notes
+    return usable, everybody, samples, notes
 
 
-def _notes_on_people(people: dict, labelled: list[dict], settings: Split) -> list[str]:
+def _notes_on_people(people: dict, samples: list[dict], settings: Split) -> list[str]:
     """What :func:`find_people` left for somebody to look at, and how many scans it could not compare."""
     notes = []
     if people["review"]:
         done = "get one role" if "suspected" in settings.guards else "are not kept apart"
         notes.append(f"{PEOPLE_TABLE}: {people['review']} pairs of scans may be one person's and {done}; somebody's look is wanted")
     if missing := people["scans_not_described"]:
-        why = "no brain was found in them" if any(row["likeness"] for row in labelled) else "harmonise.likeness is off, or no brain was found"
-        notes.append(f"{PEOPLE_TABLE}: {missing} of {len(labelled)} scans are compared with none by their heads ({why})")
+        why = "no brain was found in them" if any(row["likeness"] for row in samples) else "likeness off, grid too coarse, or no brain found"
+        notes.append(f"{PEOPLE_TABLE}: {missing} of {len(samples)} scans are compared with none by their heads ({why})")
     return notes
 
 

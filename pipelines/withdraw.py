@@ -25,17 +25,19 @@ import pyarrow.parquet as pq
 from data_registry import shards
 from data_registry.catalogue import catalogue
 from data_registry.errors import InputError, run_stage
-from data_registry.files import replacing, sha256
+from data_registry.files import replacing
 from data_registry.ledgers import WITHDRAWN, Tombstone, Withdrawn, bury, withdrawn
 from data_registry.params import Harmonise, Params, load_params
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store
+from data_registry.split import data_hash
 from pipelines.attempts import clean
 from pipelines.fetch_people import cells_of
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
 from pipelines.hashes import forget_hashes
 from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.quality import PAGES, forget
+from pipelines.split import SPLIT_TABLE
 from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
 
 log = logging.getLogger("lodbrain.withdraw")
@@ -75,8 +77,8 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
     others = [row for row in scans if not gone.has(row["database"], row["subject"])]
     store = open_store(params.resources)
     affected = _affected(store, own, these, params.harmonise)
-    data_hash = sha256(SAMPLES_TABLE) if SAMPLES_TABLE.is_file() else None
-    found = Gone(database, tuple(subjects), reason, these, tuple(own), tuple(others), affected, _hashes(affected), data_hash)
+    trained = data_hash(SPLIT_TABLE.parent) if SPLIT_TABLE.is_file() and SAMPLES_TABLE.is_file() else None
+    found = Gone(database, tuple(subjects), reason, these, tuple(own), tuple(others), affected, _hashes(affected), trained)
     found = replace(found, same_people=same_people(found))
     if dry_run:
         print(f"would withdraw {what}: {len(own)} scans in {len(affected)} shards; nothing is changed")

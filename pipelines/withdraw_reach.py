@@ -48,7 +48,7 @@ class Gone:
     shards: tuple[str, ...]
     shard_hashes: frozenset[str]
     data_hash: str | None
-    """Of the samples table that had them."""
+    """Of the samples that had them, as runs are tagged with it."""
     same_people: tuple[str, ...] = ()
     """As :func:`same_people` found them before anything was removed."""
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_heads import add_subject, run
 
@@ -27,6 +28,23 @@ def item(tmp_path) -> dict:
         scan = {"scan_id": f"db_sub-{subject}", "database": "db", "site": "db", "t1w_path": f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz"}
         scans.append(scan | {"labels": [label]})
     return {"shard": "part-000.parquet", "recipe": "r", "scans": scans}
+
+
+@pytest.mark.parametrize("darkest", [0, 20])
+@pytest.mark.parametrize("grid", ["4mm", "8mm"])
+def test_the_same_voxels_have_one_hash_in_any_file(tmp_path, grid, darkest):
+    """On the grid of 4 mm uint8 in its axis order passes unchanged; as another type, and in another order, it goes through the window."""
+    voxels = np.random.default_rng(0).gamma(2, 20, (64, 64, 64)).clip(darkest, 200).astype(np.uint8)
+    lia = np.array([[-4.0, 0, 0, 126], [0, 0, 4, -126], [0, -4, 0, 126], [0, 0, 0, 1]])
+    turn = np.array([[0, 0, -1, 63], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])  # own voxel → that of the first
+    turned = voxels[::-1].transpose(1, 2, 0)
+    files = {"a.nii.gz": (voxels, lia), "b.nii": (voxels.astype(np.int16), lia), "c.mgz": (turned, lia @ turn), "d.nii": (turned, lia @ turn)}
+    said = set()
+    for name, (data, affine) in files.items():
+        save_volume(tmp_path / name, data, affine)
+        scan = {"scan_id": name, "database": "db", "site": "db", "t1w_path": name, "labels": []}
+        said.add(harmonise_scan(scan, tmp_path, Harmonise(grid=grid))[1]["voxels_sha256"])
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("missing", ["shards", "db"])

@@ -59,6 +59,17 @@ def test_a_rule_that_matches_nobody_or_names_nothing(caplog):
     assert not caplog.records and persons(rows) == ["one/12", "two/x"]
 
 
+def test_rules_reach_through_who_is_not_there():
+    """12 of one was withdrawn, 13 is known by a table alone; two and three have scans of both."""
+    one = [SamePeople(database="one", subject=r"\w(\d+)", theirs=r"\1")]
+    rows = [scan(name, f"{name[0]}{number}") for number in (12, 13, 14) for name in ("two", "three")] + [scan("one", "15"), scan("four", "7")]
+    databases = {name: database(name, *one * (name[0] == "t")) for name in ("one", "two", "three", "four")}
+    name_people(rows[:-2], databases, {})
+    assert persons(rows) == [f"three/t{number}" for number in (12, 12, 13, 13, 14, 14)] + ["one/15", "four/7"]
+    name_people(rows, databases, {("one", "13"): "anna", ("four", "7"): "anna"})
+    assert persons(rows)[2:4] == ["person:anna"] * 2 and rows[-1]["person"] == "person:anna"
+
+
 def test_every_rule_of_the_catalogue_names_a_database_of_it():
     for entry in catalogues.catalogue().values():
         assert {rule.database for rule in entry.same_people} <= set(catalogues.catalogue()) - {entry.name}, entry.name
@@ -158,6 +169,29 @@ def test_same_voxels_are_one_person(tmp_path, monkeypatch):
     people.write_findings(findings)
     merged, review = (line.split("\t") for line in (tmp_path / "tables/people.tsv").read_text().splitlines()[1:])
     assert merged[:5] == ["merged", "1.0", "the same voxels", "a_sub-1", "b_sub-1"] and review[0] == "review"
+
+
+def test_ties_reach_through_scans_that_get_no_role(tmp_path, monkeypatch):
+    """b/1, without labels, is a/1 by one scan and c/1 by another; e/1, without labels, is d/1 by voxels and of e/2's family."""
+    monkeypatch.chdir(tmp_path)
+    seen = [("a", "1", "v", None), ("b", "1", "v", None), ("b", "1", "w", None), ("c", "1", "w", None),
+            ("d", "1", "u", None), ("e", "1", "u", "e/F"), ("e", "2", "t", "e/F"), *((name, "9", name, None) for name in "acde")]  # fmt: skip
+    rows = [scan(name, who, scan_id=f"{name}{who}{place}", site=name, place=name, scanner=name, family=family)
+            for place, (name, who, _, family) in enumerate(seen)]  # fmt: skip
+    samples = [described(row, None, voxels) for row, (*_, voxels, _) in zip(rows, seen, strict=True)]
+    for row in samples:
+        sources = [] if row["scan_id"] in ("b11", "b12", "e15") else ["aseg"]
+        row |= {"status": "ok", "native_affine": np.eye(4).ravel().tolist(), "label_sources": sources}
+    write_table(split.SCANS_TABLE, "scans", rows)
+    write_table(split.SAMPLES_TABLE, "samples", samples)
+    (tmp_path / "params.yaml").write_text("index: {roots: [roots]}\nsplit: {folds: 2}\n")
+    split.main()
+    roles = read_table(split.SPLIT_TABLE, "split").to_pylist()
+    for fold in (0, 1):
+        role = {row["scan_id"]: row["role"] for row in roles if row["fold"] == fold}
+        assert len(role) == 8
+        for one, two in (("a10", "c13"), ("d14", "e26")):
+            assert len({role[one], role[two]} - {"excluded"}) == 1, role
 
 
 def test_pairs_in_blocks_are_those_of_one_product():

@@ -133,7 +133,7 @@ def test_the_split_leaves_out_what_fails_only_if_asked(project):
     assert {one["scan_id"] for one in read_table(split.SPLIT_TABLE, "split").to_pylist()} == {"db_sub-01", "db_sub-02"}
     notes = json.loads(split.SPLIT_PROOF.read_text())["notes"]
     assert "db_sub-00: left out, its quality fails: it is dark" in notes
-    assert "tables/people.tsv: 2 of 2 scans are compared with none by their heads (harmonise.likeness is off, or no brain was found)" in notes
+    assert "tables/people.tsv: 3 of 3 scans are compared with none by their heads (likeness off, grid too coarse, or no brain found)" in notes
     write_table(stage.QUALITY_TABLE, "quality", [rows[0], rows[1] | {"shard_sha256": "other"}, rows[2]])
     with pytest.raises(InputError, match="not about db_sub-01 as it stands in tables/samples.parquet; run `python -m pipelines.quality` again"):
         split.main()

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, reject, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_registry import split
 from data_registry.errors import InputError
 from data_registry.params import Split
+from data_registry.schema import write_table
 
 
 def scan(index: int, place: str, **changes) -> dict:
@@ -44,11 +45,11 @@ def databases(draw) -> list[dict]:
         scan(
             index,
             f"place{draw(st.integers(0, 5)) if index > 1 else index}",
-            person=f"p{draw(st.integers(0, 25))}",
-            family=draw(st.sampled_from([None, None, "f1", "f2"])),
-            t1w_sha256=f"h{draw(st.integers(0, 60))}",
-            suspected=draw(st.sampled_from([None, None, None, "u1", "u2"])),
-            scanner=draw(st.sampled_from([None, "x", "y", f"own{index}"])),
+            person=f"p{draw(st.integers(0, 60))}",
+            family=draw(st.sampled_from([None] * 9 + ["f1", "f2", "f3"])),
+            t1w_sha256=f"h{draw(st.integers(0, 120))}",
+            suspected=draw(st.sampled_from([None] * 9 + ["u1", "u2", "u3"])),
+            scanner=draw(st.sampled_from([None, "x", *[f"own{index}"] * 12])),
         )
         for index in range(number)
     ]
@@ -63,7 +64,7 @@ def test_never_a_leak(scans, folds, internal_share):
         rows, notes = split.compile_split(scans, chosen)
     except InputError as error:  # too tied together: refused, never leaked
         assert "nobody is left to train on" in str(error)
-        reject()
+        return
     assert not any(entry["overlaps"] for entry in split.prove(rows, scans, chosen))
     by_id = {s["scan_id"]: s for s in scans}
     held_in = {}
@@ -196,6 +197,32 @@ def test_nobody_left_to_train_on_is_an_error():
     scans = [scan(i, f"place{i % 2}", scanner="shared") for i in range(8)]
     with pytest.raises(InputError, match="nobody is left to train on"):
         split.compile_split(scans, Split())
+
+
+@pytest.mark.parametrize("val_share", [0.15, 0.9])
+def test_nobody_is_refused_while_somebody_can_be_trained_on(val_share):
+    """Of place1 all but one were scanned on place0's machine: the one is trained on, not tested, and val takes nobody who is left out."""
+    scans = [scan(i, "place0", scanner="x") for i in range(4)] + [scan(i, "place1", scanner="x") for i in range(4, 8)] + [scan(8, "place1")]
+    rows, notes = split.compile_split([*scans, scan(9, "place2"), scan(10, "place2")], Split(folds=3, val_share=val_share))
+    fold = next(row["fold"] for row in rows if row["group"] == "place0" and row["role"] == "external_test")
+    assert "no people for val" not in notes[fold] and "train" in roles(rows, fold).values()
+    chosen = Split(holdout=("place0",), val_share=val_share, internal_share=0.5)
+    rows, _ = split.compile_split(scans, chosen)
+    assert roles(rows, 0)["s008"] == "train"
+
+
+def test_the_data_is_what_the_split_names(tmp_path):
+    """A scan without labels, or one that cannot be read, has nobody trained again."""
+
+    def digest(*samples: tuple, note: str | None = None) -> str:
+        rows = [{"scan_id": name, "shard_sha256": shard, "row_group": 0} for name, shard in samples]
+        write_table(tmp_path / "samples.parquet", "samples", rows, metadata={"preparation": note} if note else {})
+        return split.data_hash(tmp_path)
+
+    write_table(tmp_path / "split.parquet", "split", [{"fold": fold, "scan_id": name} for fold in (0, 1) for name in "ab"])
+    first = digest(("a", "x"), ("b", "y"))
+    assert digest(("b", "y"), ("unlabelled", "z"), ("quarantined", None), ("a", "x")) == first
+    assert len({first, digest(("a", "x"), ("b", "z")), digest(("a", "x")), digest(("a", "x"), ("b", "y"), note="n4")}) == 4
 
 
 def test_too_few_people_are_said():

@@ -13,9 +13,9 @@ from small_heads import CHECKOUT, add_subject, run
 
 from data_registry import protocol
 from data_registry.errors import InputError
-from data_registry.files import sha256
 from data_registry.params import load_params
 from data_registry.schema import read_table
+from data_registry.split import data_hash
 from lod_model import evaluate, weights
 from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds
 from lod_model.module import VolumeModule
@@ -107,7 +107,7 @@ def test_all_folds_then_scores_then_nothing_more(trained, caplog):
         seen = (fold_folder("lod_brain-base-0", fold) / "seen.tsv").read_text().splitlines()[1:]
         assert seen == [f"{scan.scan_id}\t{scan.database}\t{scan.site}\t{role}" for role in ("train", "val") for scan in roles[role]]
         noted = weights.load(fold_folder("lod_brain-base-0", fold) / "weights.pt").provenance["data"]
-        assert noted == done[fold]["data"] and noted["data_hash"] == sha256("tables/samples.parquet")
+        assert noted == done[fold]["data"] and noted["data_hash"] == data_hash(Path("tables"))
         assert sum(database["scans"]["train"] for database in noted["databases"]) == len(roles["train"]) == done[fold]["train_scans"]
     with caplog.at_level("INFO", "lodbrain"):
         train("lod_brain", params, folds)

@@ -22,6 +22,7 @@ from data_registry.ledgers import withdrawn
 from data_registry.params import Resources, load_params
 from data_registry.schema import read_table, write_table
 from data_registry.shard_store import open_store
+from data_registry.split import data_hash
 from lod_model.data import all_folds
 from pipelines import harmonise, index, split, withdraw, withdraw_reach
 
@@ -246,7 +247,8 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
         return type("Done", (), {"returncode": 2, "stdout": "", "stderr": "error: the server is away\n"})
 
     monkeypatch.setattr(withdraw_reach.subprocess, "run", tracking)
-    samples = sha256("tables/samples.parquet")
+    write_table("tables/split.parquet", "split", [{"fold": 0, "scan_id": row["scan_id"], "person": row["person"]} for row in rows])
+    samples, trained = sha256("tables/samples.parquet"), data_hash(Path("tables"))
     cached = lab_cache()
     withdraw.withdraw("alpha", [f"{GONE}"], "asked for it", dry_run=True)
     assert not Path("withdrawn.tsv").exists() and sha256("tables/samples.parquet") == samples
@@ -271,7 +273,7 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
     ):
         assert line in said, line
     assert "old/no.pt" not in said and "fold-1" not in said and cached["other"] not in said
-    assert {*asked[-1]} >= {samples, "fold-0", "--data-hash"} and "fold-1" not in asked[-1]
+    assert {*asked[-1]} >= {trained, "fold-0", "--data-hash"} and "fold-1" not in asked[-1]
 
 
 @pytest.mark.full
