@@ -254,6 +254,7 @@ def _out_of_sight(gone: Gone) -> Iterator[str]:
     origins = subprocess.run(["git", "remote", "-v"], capture_output=True, text=True, check=False) if Path(".git").exists() else None
     for origin in sorted({line.split()[1] for line in origins.stdout.splitlines()}) if origins else ():
         yield f"  of {origin}"
+    yield "runs in MLflow from before the data or the split last changed, which are tagged with another data_hash: look through the older ones"
     yield "runs on MLflow servers that neither params.yaml nor MLFLOW_TRACKING_URI names; deleted runs until `mlflow gc`"
     yield "weights that were exported, published or given on; what `lodbrain segment` made of these scans; pictures in articles and slides"
     yield "backups and snapshots of this disk; logs (logs/, SLURM's, Ray's), which name scans and hold no image"

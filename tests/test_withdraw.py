@@ -270,6 +270,7 @@ def test_nothing_is_left_unsaid(copy, project, capsys, monkeypatch):
         "and in lab: dvc gc --workspace --cloud --remote lab --force",
         f"(cd runs/second && python -m pipelines.withdraw alpha --subject {GONE} --reason 'asked for it')",
         "other clones and projects: git pull, then",
+        "runs in MLflow from before the data or the split last changed",
     ):
         assert line in said, line
     assert "old/no.pt" not in said and "fold-1" not in said and cached["other"] not in said
