@@ -1,46 +1,23 @@
 """The catalogue of databases: one YAML a database in ``catalogue/``, its sites inside; this module reads and checks them.
 
 BIDS has no field for the site, so each database states the rule that gives a scan its site. Places and scanners are curated across
-databases, never matched by name alone. A value nobody published is null; where the others were read stands beside them
+databases, never matched by name alone. A value nobody published is null; the others have their sources beside them
 (:mod:`data_registry.catalogue_sources`).
 
 A database that is not in the catalogue is one site named after it (and one place, one scanner): :func:`unknown_database`.
 """
 
 import functools
-import re
 from pathlib import Path
 
 import yaml
 from pydantic import ValidationError
 
-from data_registry.catalogue_schema import NAME_PATTERN, Database, SamePeople, Site, SiteRule, fault
+from data_registry.catalogue_schema import Database, Site, SiteRule, fault
 from data_registry.catalogue_sources import faults
 from data_registry.errors import InputError
 
-__all__ = ["NAME_PATTERN", "Database", "SamePeople", "Site", "SiteRule"]
 _FOLDER = Path(__file__).parent / "catalogue"
-
-_MANUFACTURERS = {
-    "siemens": "Siemens", "philips": "Philips", "phillips": "Philips", "phllips": "Philips", "ge": "GE", "g.e.": "GE", "gems": "GE",
-    "general electric": "GE", "generalelectric": "GE", "toshiba": "Canon", "canon": "Canon", "hitachi": "Hitachi", "fujifilm": "Fujifilm",
-    "uih": "United Imaging", "united imaging": "United Imaging", "shanghai united imaging": "United Imaging", "bruker": "Bruker",
-    "hyperfine": "Hyperfine", "esaote": "Esaote", "neusoft": "Neusoft", "varian": "Varian", "agilent": "Agilent", "marconi": "Marconi",
-    "picker": "Picker", "elscint": "Elscint",
-}  # fmt: skip
-MANUFACTURERS = frozenset(_MANUFACTURERS.values())
-"""The spellings that :func:`canonical_manufacturer` makes."""
-
-
-@functools.cache
-def canonical_manufacturer(name: str | None) -> str | None:
-    """One spelling a maker; a name that is not known stays as it came.
-
-    >>> canonical_manufacturer("SIEMENS"), canonical_manufacturer("GE MEDICAL SYSTEMS"), canonical_manufacturer("Gefen")
-    ('Siemens', 'GE', 'Gefen')
-    """
-    lower = " ".join((name or "").replace("_", " ").casefold().split())
-    return next((maker for alias, maker in _MANUFACTURERS.items() if re.match(rf"{re.escape(alias)}(?!\w)", lower)), name)
 
 
 def unknown_database(name: str) -> Database:
@@ -67,7 +44,7 @@ def catalogue() -> dict[str, Database]:
 
 @functools.cache
 def find_database(name: str) -> Database:
-    """The catalogue's entry, whose file alone is read, or the stated default."""
+    """The catalogue's entry, or the stated default; reads that one file only."""
     path = next((path for path in catalogue_files() if path.stem == name), None)
     return unknown_database(name) if path is None else load_database(path)
 
@@ -81,7 +58,7 @@ def load_database(path: Path) -> Database:
 
 
 def read_database(path: Path) -> tuple[Database | None, list[str]]:
-    """A database, None if the file is none, and what is wrong with it, a line each that begins with the field."""
+    """The database, or None if the file holds none, and one line for each fault, which begins with the field."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         database = Database.model_validate(content)
@@ -98,7 +75,7 @@ def read_database(path: Path) -> tuple[Database | None, list[str]]:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """In C where there is libyaml; a name that stands twice is an error, where YAML would take the last one."""
+    """In C where libyaml is installed. A name that occurs twice is an error; YAML would silently take the last."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:

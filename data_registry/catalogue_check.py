@@ -1,20 +1,18 @@
-"""What only the entries of a catalogue together can show to be wrong."""
+"""Faults that show only when the entries of a catalogue are compared with each other."""
 
-import csv
 import difflib
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_registry.catalogue import canonical_manufacturer
 from data_registry.catalogue_schema import Database
-from data_registry.readings import read_field_strength
+from data_registry.readings import canonical_manufacturer, folded, letters_of_model, read_field_strength
+from data_registry.tsv import read_tsv
 
 _ROWS = Path(__file__).parent / "catalogue" / "lod_brain_rows.tsv"
 ALIKE = 0.92
-"""How alike two places' names are, from 0 to 1, that are taken for one place spelled two ways."""
+"""Similarity of two places' names, from 0 to 1, from which on they may be one place in two spellings."""
 
 Entry = tuple[str, Database]
 """A file's name and what it says."""
@@ -26,12 +24,11 @@ def lod_brain_table() -> dict[str, int]:
     >>> len(lod_brain_table()), sum(lod_brain_table().values())
     (78, 26171)
     """
-    with open(_ROWS, encoding="utf-8", newline="") as handle:
-        return {row["id"]: int(row["scans"]) for row in csv.DictReader(handle, delimiter="\t")}
+    return {row["id"]: int(row["scans"]) for row in read_tsv(_ROWS)[1]}
 
 
 def findings(entries: Iterable[Entry], *, whole: bool) -> list[tuple[str, str]]:
-    """(file, what is implausible), a line each; ``whole``: rows of LOD-Brain's table that no entry stands for are found too."""
+    """(file, what is implausible), a line each; ``whole``: also report rows of LOD-Brain's table that no entry covers."""
     entries = list(entries)
     checks = (_names, _sums, _makers, _strengths, _scanners, _places, _models)
     found = [finding for check in checks for finding in check(entries)]
@@ -98,7 +95,7 @@ def _places(entries: list[Entry]) -> Iterator[tuple[str, str]]:
 
 
 def _models(entries: list[Entry]) -> Iterator[tuple[str, str]]:
-    yield from _spelled_two_ways(entries, "model", lambda name: re.sub(r"magnetom|\W|_", "", name.casefold()), 1.0)
+    yield from _spelled_two_ways(entries, "model", letters_of_model, 1.0)
 
 
 def _words(name: str) -> str:
@@ -107,8 +104,7 @@ def _words(name: str) -> str:
     >>> _words("University of Montréal") == _words("Montreal, University")
     True
     """
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().casefold()
-    return " ".join(sorted(set(re.findall(r"\w+", plain)) - {"of", "the", "and", "at", "in", "for", "de"}))
+    return " ".join(sorted(set(re.findall(r"\w+", folded(name))) - {"of", "the", "and", "at", "in", "for", "de"}))
 
 
 def _spelled_two_ways(entries: list[Entry], field: str, plainly, alike: float) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model
 NAME_PATTERN = r"[A-Za-z0-9_-]+"
 
 
-
 def _plain(name: str) -> str:
     if name != name.strip() or not name.isprintable():
         raise ValueError("one line without blanks at its ends is wanted")
@@ -23,14 +22,14 @@ def _address(text: str) -> str:
 
 Text = Annotated[str, Field(min_length=1)]
 Name = Annotated[Text, AfterValidator(_plain)]
-"""Text that is compared: a blank more would be another place."""
+"""Text that is compared, so an extra blank would make another place of it."""
 Count = Annotated[int, Strict(), Field(ge=0, le=10_000_000)]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Tesla = Annotated[Number, Field(gt=0, lt=12)]
 Years = Annotated[Number, Field(ge=0, le=120)]
 Address = Annotated[str, AfterValidator(_address)]
-"""Of a document that can be cited; an owner's letter by its date, and by who wrote it and who keeps it."""
+"""Of a document that can be cited. An owner's letter is cited by its date, its author and who keeps it."""
 
 
 class _Entry(BaseModel):
@@ -73,14 +72,14 @@ class Ages(_Entry):
 
 
 class Sexes(_Entry):
-    """How many people; who is neither stated F nor M stands in neither."""
+    """Numbers of people; whoever is stated as neither F nor M is counted in neither."""
 
     F: Count | None = None
     M: Count | None = None
 
 
 class Redistribution(_Entry):
-    """May it be given on? Null: nobody says."""
+    """May they be passed on? Null: no document says."""
 
     images: Flag | None = None
     labels: Flag | None = None
@@ -93,7 +92,7 @@ class LabelSource(_Entry):
     source: Text
     version: Text | None = None
     route: Text | None = None
-    """Where they are got, if not with the images: a folder of FreeSurfer's subjects that a program can read."""
+    """Where they are fetched from, if not with the images: a folder of FreeSurfer subjects that a program can read."""
     subject: Text | None = None
     """A regular expression that matches the whole name of a subject's folder there; its first group is the subject's label here."""
 
@@ -137,7 +136,7 @@ class Site(_Described):
     country: Name | None = None
     """Null where the database has one country."""
     folders: list[Name] = []
-    """What it is called on the route, a folder a site, where that is another name, or several."""
+    """The names of its folders on the route, if they differ from its own."""
     scanner: Name | None = None
     """One machine at a place, the same name across databases; null if unknown."""
     manufacturer: Name | None = None
@@ -194,9 +193,9 @@ class Database(_Described):
     family_column: Name | None = None
     """The column of participants.tsv that relatives share; null if the database has none."""
     sex_codes: dict[Text, Literal["F", "M"]] = {}
-    """What participants.tsv writes for F and M, where it is neither these nor words; e.g. ``{"1": M, "2": F}``."""
+    """Codes that participants.tsv uses instead of F, M or words for them; e.g. ``{"1": M, "2": F}``."""
     same_people: tuple[SamePeople, ...] = ()
-    """Other databases with scans of its people; one side need say so."""
+    """Other databases with scans of its people; it is enough that one of the two says so."""
     site_rule: SiteRule
     sites: Annotated[dict[Name, Site], Field(min_length=1)]
     lod_brain: dict[Text, LodBrainRow] = {}

@@ -1,8 +1,8 @@
 """Where the catalogue's values were read: each is sourced, unverified or missing.
 
 ``documents`` of a YAML gives addresses short names, ``sources`` says which field was read in which, ``unverified`` lists fields that no
-document at hand confirms. Fields are written with dots; ``*`` stands for anything, and what says more goes before what says less, so
-that ``sites.NYU.model`` goes before ``sites.*.model``. Licence, access, route and field strength must be one or the other.
+document at hand confirms. Fields are written with dots; ``*`` stands for anything, and the more specific pattern wins:
+``sites.NYU.model`` over ``sites.*.model``. Licence, access, route and field strength must be sourced or unverified.
 """
 
 import functools
@@ -22,14 +22,14 @@ MUST_BE_SOURCED = ("licence", "access", "route", "field_strength_tesla")
 
 
 def value_of(database: Database, site: str | None, field: str) -> object:
-    """Of a field; what has fields of its own, none of them filled, is null."""
+    """The value of a field; None also for a part, such as ``age_years``, none of whose own fields is filled."""
     value = getattr(database if site is None else database.sites[site], field)
     empty = hasattr(value, "model_fields_set") and all(part is None for part in value.__dict__.values())
     return None if empty else value
 
 
 def standing(database: Database, site: str | None, field: str) -> tuple[Standing, str | None]:
-    """How well a value is known, and the address, or the database's ``source``, that it was read at.
+    """How well a value is known, and where it was read: an address, or the database's ``source``.
 
     >>> from data_registry.catalogue import catalogue
     >>> standing(catalogue()["ixi2mm"], "HH", "field_strength_tesla")
@@ -39,7 +39,7 @@ def standing(database: Database, site: str | None, field: str) -> tuple[Standing
         return "missing", None
     path = field if site is None else f"sites.{site}.{field}"
     source, doubt = _match(path, database.sources), _match(path, database.unverified)
-    if doubt and (not source or _says(doubt) > _says(source)):
+    if doubt and (not source or _specificity(doubt) > _specificity(source)):
         return "unverified", None
     if source:
         return "sourced", database.documents.get(database.sources[source])
@@ -55,13 +55,13 @@ def weights_may_be_shared(database: Database) -> tuple[bool | None, str | None]:
 
 
 def _match(path: str, patterns: Iterable[str]) -> str | None:
-    """The pattern that fits a field and says most."""
+    """The most specific pattern that matches a field."""
     if path in patterns:
         return path
-    return max((pattern for pattern in patterns if "*" in pattern and _compiled(pattern).fullmatch(path)), key=_says, default=None)
+    return max((pattern for pattern in patterns if "*" in pattern and _compiled(pattern).fullmatch(path)), key=_specificity, default=None)
 
 
-def _says(pattern: str) -> int:
+def _specificity(pattern: str) -> int:
     return len(pattern.replace("*", ""))
 
 

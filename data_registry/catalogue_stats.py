@@ -1,4 +1,4 @@
-"""What the catalogue is, in figures: how much there is, and how much of it is known, and by a document."""
+"""The catalogue in figures: how much it lists, and how much of that is known and confirmed by a document."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from data_registry.catalogue_table import site_rows
 
 
 def expected_scans(database: Database) -> int:
-    """T1w that a database holds: as published, else its sites' together, else those that LOD-Brain took of it; 0 if nobody says."""
+    """T1w scans that a database holds: as published, else the sum over its sites, else those that LOD-Brain used; 0 if nobody says."""
     of_sites = [site.scans for site in database.sites.values()]
     if database.scans is not None:
         return database.scans

@@ -5,11 +5,9 @@ pyarrow, and the schema that is written in it, are imported where a file is writ
 
 import csv
 import difflib
-import functools
 import io
 import json
 import re
-import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,9 +15,10 @@ from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.readings import folded
 
 SHORT = {"United States": "USA", "United Kingdom": "UK", "registration": "register", "agreement": "agree"}
-"""As the table for a terminal has them."""
+"""Short forms in the table for a terminal."""
 NAMED = 40
 """Values that an error lists."""
 _OF_THE_DATABASE = ("access", "licence", "route", "state")
@@ -28,7 +27,7 @@ _OF_THE_SITE = {
     "voxel_mm": ["voxel_mm"], "subjects": ["subjects"], "scans": ["scans"], "age_years": ["age_mean_years", "age_min_years", "age_max_years"],
     "sexes": ["female", "male"],
 }  # fmt: skip
-"""Field → columns that have their value from it."""
+"""Field → columns that are filled from it."""
 
 
 def site_rows(databases: Iterable[Database]) -> list[dict]:
@@ -59,9 +58,9 @@ def _row(database: Database, name: str) -> dict:
 
 
 def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
-    """Rows whose columns have the wanted values, upper and lower case and accents alike, or as :data:`SHORT` has them; None wants nothing.
+    """Rows whose columns have the wanted values, whatever case and accents, also in the forms of :data:`SHORT`; None means any value.
 
-    A value that no row has is an :class:`InputError` that lists those there are, of many the likest.
+    A value that no row has is an :class:`InputError` that lists the existing ones, or, if they are many, the most similar.
 
     >>> rows = [{"country": "China", "access": "open"}, {"country": "United States", "access": "open"}]
     >>> select(rows, country="usa", access="open")
@@ -73,7 +72,7 @@ def select(rows: list[dict], **wanted: str | float | None) -> list[dict]:
             continue
         if not any(_same(row[column], value) for row in rows):
             option = column.removesuffix("_tesla").replace("_", "-")
-            called = sorted({row[column] for row in rows if column == "place" and _plain(value) in re.split(r"[\W_]", _plain(row["site"]))})
+            called = sorted({row[column] for row in rows if column == "place" and folded(str(value)) in re.split(r"[\W_]", folded(row["site"]))})
             offered = f"sites of that name are at {'; '.join(called)}" if called else _offer([row[column] for row in rows], str(value))
             raise InputError(f"--{option} {value}: no site has it; {offered}")
         chosen = [row for row in chosen if _same(row[column], value)]
@@ -89,9 +88,9 @@ def _offer(cells: list, value: str) -> str:
     there = sorted({one for cell in cells for one in _values(cell)}, key=str)
     if len(there) <= NAMED:
         return f"one of {', '.join(map(str, there))} is wanted"
-    plain = {str(one): _plain(one) for one in there}
-    alike = [one for one, of in plain.items() if _plain(value) in of]
-    alike = alike or [one for of in difflib.get_close_matches(_plain(value), plain.values()) for one in plain if plain[one] == of]
+    plain = {str(one): folded(str(one)) for one in there}
+    alike = [one for one, of in plain.items() if folded(value) in of]
+    alike = alike or [one for of in difflib.get_close_matches(folded(value), plain.values()) for one in plain if plain[one] == of]
     return f"one of {len(there)} is wanted" + f", as in {'; '.join(alike[:NAMED])}" * bool(alike)
 
 
@@ -100,16 +99,11 @@ def _values(cell: object) -> list:
 
 
 def _same(cell: object, value: str | float) -> bool:
-    return any(_plain(value) in (_plain(one), _plain(SHORT.get(one, one))) for one in _values(cell))
-
-
-@functools.cache
-def _plain(value: object) -> str:
-    return "".join(letter for letter in unicodedata.normalize("NFKD", str(value)) if not unicodedata.combining(letter)).casefold()
+    return any(folded(str(value)) in (folded(str(one)), folded(str(SHORT.get(one, one)))) for one in _values(cell))
 
 
 def as_tsv(rows: list[dict]) -> str:
-    """With a header; null is n/a, as in BIDS, and what a list holds is parted by commas."""
+    """With a header; null is n/a, as in BIDS, and the items of a list are separated by commas."""
     from data_registry import schema
 
     handle = io.StringIO()

@@ -16,11 +16,11 @@ POINTS_A_SIDE = 52
 MIN_ON_HEAD = 0.7
 """Of the labelled points, those where the T1w shows a head: .98 and more on fifteen real maps; CSF at the skull and bone are darker."""
 MIRRORED_GAIN = 0.02
-"""By this share of it mirrored labels must explain more. On the fifteen maps right ones explain .036 to .15 more than mirrored ones."""
+"""Mirrored labels must explain more by this share. On the fifteen maps right ones explain .036 to .15 more than mirrored ones."""
 NOISE = 2.5
-"""Over the root of the number of labelled points: what must be gained where these are few. It is less than the gain above from 15,600 points on."""
+"""Divided by the root of the number of labelled points: the gain that is wanted if these are few. The one above is larger from 15,600 points on."""
 WHOLE_ML, WHOLE_IDS = 300.0, 3
-"""Maps of less than a brain, or of fewer tissues, are not asked: one structure may explain more where it does not belong."""
+"""Maps of less than a brain, or of fewer tissues, are not tested for mirroring: one structure may explain more where it does not belong."""
 AIR = 25  # of 255; bright fat would else make a brain look dark
 DIRECTIONS = ("left-right", "inferior-superior", "back-front")  # of the axes of LIA
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -60,7 +60,7 @@ DERIVATIVE_RULES = (
     Rule("spm_tissue", "c1*", tool="spm*", beside=("c2*", "c3*")),  # probabilities, see data_registry/tissue_maps.py
     Rule("spm_tissue", "*_label-GM_probseg", tool="spm*", beside=("*_label-WM_probseg", "*_label-CSF_probseg")),
 )
-"""The first that fits a file says what it is; of two files of one source the one whose rule stands first is taken."""
+"""The first rule that matches a file decides its source; of two files of one source, the one whose rule stands first is taken."""
 FSL_ANAT = {"fsl_fast": ("T1_fast_pveseg", "T1_fast_seg"), "fsl_first": ("T1_subcort_seg", "first_results/T1_first_all_fast_firstseg")}
 """Source → files in a folder of fsl_anat, the preferred one first."""
 LABEL_GLOBS = tuple(
@@ -73,18 +73,18 @@ LABEL_GLOBS = tuple(
     f"derivatives/fsl*/{between}sub-*.anat/{name}.nii.gz"
     for between in ("", "sub-*/anat/", "sub-*/ses-*/anat/") for names in FSL_ANAT.values() for name in names
 )  # fmt: skip
-"""All of it as patterns below a database, for who fetches or copies one."""
+"""All of these places as patterns below a database, for fetching or copying it."""
 
 _STAND_IN = ("aparc_aseg", "aparc_dkt_aseg", "aparc_a2009s_aseg", "wmparc", "aseg")  # the first that there is holds what the others tell of
 _OWN_SPACE = ("T1w", "orig")
 
 
 def find_labels(root: Path, subject: str, session: str, *, scan: str = "") -> dict[str, Path]:
-    """Label files of one subject and session, by source; absolute paths where ``root`` is one.
+    """Label files of one subject and session, by source; absolute paths if ``root`` is absolute.
 
-    ``scan``: the T1w's name without ``_T1w``; of maps that name an acquisition or a run, those of another are then left out, as are maps in
-    a standard space always. Of FreeSurfer's maps the first that there is stands for the others (aparc+aseg, of either parcels, holds aseg's
-    ids), so that a scan carries its labels once; but one that a protocol reads before all others, as DKT's parcels are, is taken as well.
+    ``scan``: the T1w's name without ``_T1w``. With it, maps that name another acquisition or run are left out; maps in a standard space always
+    are. The first of FreeSurfer's maps is used for the others too (aparc+aseg, with either parcels, holds aseg's ids), so that a scan
+    carries its labels once; but a map that some protocol reads before all others, as DKT's parcels are, is taken as well.
     """
     found = _freesurfer(root, subject, session, scan)
     derivatives = root / "derivatives"
@@ -107,7 +107,7 @@ def _first_choices() -> frozenset[str]:
 
 
 def freesurfer_names(subject: str, session: str, scan: str = "") -> tuple[str, ...]:
-    """Folders that may be a scan's in ``SUBJECTS_DIR``, the most particular first.
+    """Folders of ``SUBJECTS_DIR`` that may hold a scan, the most specific first.
 
     >>> freesurfer_names("01", "2", "sub-01_ses-2_run-1")
     ('sub-01_ses-2_run-1', 'sub-01_ses-2', 'sub-01/ses-2', 'sub-01')

@@ -1,7 +1,7 @@
 """What a project keeps beside ``params.yaml``, in git and for ever: which licences were accepted, and what was withdrawn.
 
-``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. Nothing ever removes a line.
-Whoever reads scans asks it, so that what was withdrawn does not come back with its files.
+``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. No line is ever removed.
+Every stage that reads scans consults it, so that withdrawn data do not come back with their files.
 """
 
 import csv
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.tsv import read_tsv
 
 LICENCES = Path("licences.tsv")
 WITHDRAWN = Path("withdrawn.tsv")
@@ -59,7 +60,7 @@ def owner(scan_id: str) -> tuple[str, str]:
 
 
 def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
-    """What the project's file says; nothing if there is none. A file that cannot be read stops whoever asks."""
+    """The tombstones of the project's file; none if there is no file. Raises :class:`InputError` for a file that cannot be read."""
     rows = read_rows(path, Tombstone._fields)
     for row in rows:
         if not row["database"]:
@@ -68,7 +69,7 @@ def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
 
 
 def bury(tombstones: Iterable[Tombstone], path: Path = WITHDRAWN) -> list[Tombstone]:
-    """Add to the file those that do not stand there yet, and return them; lines that stand there stay, byte for byte."""
+    """Add the new ones to the file and return them; the lines that are already there stay, byte for byte."""
     known = {(stone.database, stone.subject) for stone in withdrawn(path).tombstones}
     new = [stone for stone in tombstones if (stone.database, stone.subject) not in known]
     if new:
@@ -86,14 +87,10 @@ def accepted_licences(path: Path = LICENCES) -> dict[str, dict[str, str]]:
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """These columns of a table; no rows if there is no such file."""
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), delimiter="\t")
-        rows = list(reader)
-    except FileNotFoundError:
+    """Rows of a table with these columns, blanks stripped; no rows if there is no file. Raises :class:`InputError` for a missing column."""
+    if not path.exists():
         return []
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
-    if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+    header, rows = read_tsv(path)
+    if missing := [column for column in columns if column not in header]:
         raise InputError(f"{path}: column {missing[0]} is missing; {', '.join(columns)}, with tabs between, are wanted")
     return [{column: (row[column] or "").strip() for column in columns} for row in rows]

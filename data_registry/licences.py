@@ -1,8 +1,8 @@
-"""May weights be shared that were trained under some licences? The strictest of them answers.
+"""May weights be shared, given the licences of the data that trained them? The strictest licence decides.
 
-Weights are taken here for a work that derives from the scans and labels, which not every lawyer holds: so the answer errs on the strict
-side, and is no legal advice. What the catalogue says of a database's weights (``redistribute.weights``) goes before the table below. A
-licence that no document confirms counts as not known.
+Weights are treated here as a work derived from the scans and labels. Not every lawyer agrees, so the answer errs on the strict side; it is no
+legal advice. What the catalogue says about weights (``redistribute.weights``) overrides the table below. A licence that no document confirms
+counts as not known.
 """
 
 import re
@@ -30,7 +30,7 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "cc-by-nd": (ATTRIBUTION, NO_DERIVATIVES),
     "cc-by-nc-nd": (ATTRIBUTION, NON_COMMERCIAL, NO_DERIVATIVES),
 }
-"""What a licence asks for, by its identifier without version. Others (agreements, terms of use) are for the catalogue to judge."""
+"""What a licence asks for, by its identifier without version. On others (agreements, terms of use) the catalogue decides."""
 ASK = "ask its owners, and note their answer as redistribute.weights with its source"
 NO_ADVICE = "Weights are taken for a work that derives from the scans, the strict reading. This is no legal advice."
 
@@ -56,7 +56,7 @@ def identifier(licence: str) -> str:
 
 
 def judge(name: str, licence: str | None, *, confirmed: bool = True, weights: bool | None = None) -> Verdict:
-    """Of one database, by name: its licence, whether a document confirms that, and what the catalogue says of its weights.
+    """The verdict on one database, from its licence, whether a document confirms it, and what the catalogue says about its ``weights``.
 
     >>> judge("ixi", "CC-BY-SA-3.0").conditions
     ('attribution', 'share alike')
@@ -82,7 +82,7 @@ def judge(name: str, licence: str | None, *, confirmed: bool = True, weights: bo
 
 
 def strictest(verdicts: Iterable[Verdict]) -> Verdict:
-    """Of all databases together: the strictest answer, all conditions, all reasons. Of none it is not known.
+    """The verdict on all databases together: the strictest answer, all conditions, all reasons. Without any it is "not known".
 
     >>> strictest([judge("la5c", "CC0"), judge("ixi", "CC-BY-SA-3.0"), judge("hbn", "CC-BY-NC-4.0")]).conditions
     ('attribution', 'share alike', 'non-commercial use')

@@ -1,17 +1,18 @@
 """Who is who: the same person in two databases, by the catalogue's rules and by tables of people who are known.
 
-A person's name is ``<database>/<subject>``, or ``person:<name>`` where a table knows them. What files, voxels and likeness say is added by
-``pipelines.index`` and ``pipelines.people``; all of it ends in one call, :func:`merge_people`.
+A person's name is ``<database>/<subject>``, or ``person:<name>`` where a table knows them. ``pipelines.index`` adds what
+equal files say, ``pipelines.people`` what equal voxels and likeness say; all of them end in one function, :func:`merge_people`.
 """
 
-import csv
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from data_registry.catalogue import Database, SamePeople, catalogue
+from data_registry.catalogue import catalogue
+from data_registry.catalogue_schema import Database, SamePeople
 from data_registry.errors import InputError
+from data_registry.tsv import read_tsv
 
 log = logging.getLogger("lodbrain.people")
 COLUMNS = ("database", "subject", "person")
@@ -25,12 +26,7 @@ def read_people(tables: Sequence[Path]) -> dict[tuple[str, str], str]:
     subject with two names."""
     known: dict[tuple[str, str], str] = {}
     for table in tables:
-        try:
-            with open(table, encoding="utf-8-sig", newline="") as handle:
-                reader = csv.DictReader(handle, delimiter="\t")
-                header, rows = reader.fieldnames or [], list(reader)
-        except (OSError, UnicodeError, csv.Error) as error:
-            raise InputError(f"{table}: cannot be read ({error}); a table in UTF-8 with tabs is wanted (index.people)") from None
+        header, rows = read_tsv(table)
         if set(COLUMNS) - set(header):
             raise InputError(f"{table}: its columns are {', '.join(header) or 'none'}; {', '.join(COLUMNS)} are wanted")
         for line, row in enumerate(rows, 2):
@@ -44,7 +40,7 @@ def read_people(tables: Sequence[Path]) -> dict[tuple[str, str], str]:
 
 
 def name_people(rows: list[dict], databases: Mapping[str, Database], known: Mapping[tuple[str, str], str]) -> None:
-    """Give people in ``rows`` of the scans table whom a rule of their databases or a table ``known`` takes for one, one name.
+    """Give one name to all people in ``rows``, of the scans table, who are one by a catalogue rule or by the table ``known``.
 
     Raises :class:`InputError` for a rule that names a database which is neither in the catalogue nor among ``databases``.
     """
@@ -86,7 +82,7 @@ def _name(key: tuple[str, str], of_subject: Mapping[tuple[str, str], str]) -> st
 
 
 def merge_people(rows: list[dict], ties: Iterable[set[str]]) -> None:
-    """Give all ``rows`` of people who are tied, also through others, one ``person``: who is known by a table, else the first by name."""
+    """Give one ``person`` to all ``rows`` of people who are tied, directly or through others: the name from a table, else the first by name."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -138,7 +134,7 @@ def known_apart(one: str, two: str) -> bool:
 
 
 def people_by_split(scans: Iterable[Mapping], split: Iterable[Mapping]) -> dict[str, str | None]:
-    """scan_id → person of all ``scans`` by the names of the ``split``, who saw voxels and likeness; also of scans that it gives no role.
+    """scan_id → person for all ``scans``, with the names of the ``split``, which also knows voxels and likeness; also for scans without a role.
 
     >>> scans = [{"scan_id": s, "person": p} for s, p in (("a_1", "a/1"), ("b_1", "b/1"), ("b_1_second", "b/1"), ("c_1", "c/1"))]
     >>> people_by_split(scans, [{"scan_id": "a_1", "person": "a/1"}, {"scan_id": "b_1", "person": "a/1"}])

@@ -1,23 +1,23 @@
 """What the figures of :mod:`data_registry.quality` mean for a scan's use: pass, review or fail, each with a sentence that has figure and bound.
 
-``fail``: this can hardly be a whole head's T1w with its labels. ``review``: look before use. ``pass``: no rule has spoken. A figure that is not
-defined is asked nothing.
+``fail``: this can hardly be a whole head's T1w with its labels. ``review``: look before use. ``pass``: no rule applied. Rules skip a figure
+that is not defined.
 
 Bounds:
 
-- White matter's signal to noise below 12: of 1101 scans of ABIDE I, with MRIQC's figures and up to three raters, 33 % of those that the median
-  rater would exclude and 0.4 % of the others lie there; the area under its ROC curve is .88. CJV has .74, CNR .74, SNR of the air .68, FBER .59,
-  the entropy focus criterion .56: these are asked against their site alone, where they have .82, .79, .71, .69 and .49 (mean of 12 sites; white
-  matter's .85), so the last is asked nothing. Contrast below 1 has verdict's bound for a T1w.
+- White matter's signal to noise below 12: in 1101 scans of ABIDE I, with MRIQC's figures and up to three raters, 33 % of those that the median
+  rater would exclude and 0.4 % of the others lie below it; the area under its ROC curve is .88. CJV has .74, CNR .74, SNR of the air .68, FBER .59,
+  the entropy focus criterion .56: these are compared within their site only, where their areas are .82, .79, .71, .69 and .49 (mean of 12 sites;
+  white matter's .85), so the last is not used. Contrast below 1 has verdict's bound for a T1w.
 - Beside its site: deviations by the median and the scaled median absolute deviation of the site's scans (at least 8), at least 5 % of the median, in
   the direction that is worse. More than 3.5 in CJV or white matter's signal to noise: 9 % of ABIDE's excluded scans, 1.4 % of the others.
-  It asks for a review only: it says that a scan is unlike its neighbours, not that it is bad.
+  This leads to a review at most, as it shows that a scan is unlike its neighbours, not that it is bad.
 - Volumes of adults as in ``lodbrain segment``'s verdict. Younger brains: 340 mL at birth (Holland et al., JAMA Neurology 71:1266, 2014), 101 %
   more after a year, 15 % more after the second, nearly all of it grey matter (Knickmeyer et al., J Neurosci 28:12176, 2008); grey matter is
   largest at 6 years, white matter at 29, ventricles grow in age (Bethlehem et al., Nature 604:525, 2022). Shares of the brain, which hardly
   depend on its size: means are .43 .04 .39 .13 .02 in adults (AOMIC) and .41 .04 .40 .12 .02 in elders (OASIS3) by FreeSurfer; bounds leave room.
-- Contrast is not asked below one year of age: grey and white matter then change places in a T1w.
-- Voxels above 3 mm: slices too thick for 3-D networks at 1 mm; for who wants to know, not a fault.
+- Contrast is not judged below one year of age, when grey and white matter swap their intensities in a T1w.
+- Voxels above 3 mm: slices too thick for 3-D networks at 1 mm; a hint, not a fault.
 - Head at the edge: whole heads of the test data have less than 1 cm² of tissue on the superior face and a few on others, up to 112 where the field
   of view is narrow; a mid-sagittal cut has 400. The neck's is free.
 """
@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data_registry.quality import FACES
+from data_registry.quality_head import FACES
 
 READ_WITH_DOUBT = ("left and right are not certain", "NaN or infinite voxels read as 0")
-"""How warnings of :mod:`data_registry.volume` end that ask for a review; others, of a long neck or of labels of large voxels, do not."""
+"""Ends of those warnings of :mod:`data_registry.volume` that call for a review; others, on a long neck or on labels of large voxels, do not."""
 MIN_SNR_WM = 12.0
 MIN_CNR = 1.0
 MAX_OUTSIDE, FAIL_OUTSIDE = 0.05, 0.2
@@ -54,8 +54,8 @@ LEAST_SPREAD = 0.05
 WORSE: Mapping[str, int] = {"snr_wm": -1, "cjv": 1, "cnr": -1, "snrd": -1, "fber": -1, "unevenness": 1}
 """Figures that are compared within a site: 1 if more is worse."""
 ASKED = ("snr_wm", "cjv")
-"""Those of them that ask for a review; the others order the page."""
-TOLD = {
+"""Those of them that can lead to a review; the others only order the page."""
+FIGURE_NAMES = {
     "snr_wm": "signal to noise of white matter",
     "cjv": "coefficient of joint variation",
     "cnr": "contrast to noise",
@@ -88,7 +88,7 @@ ADULT_ML = (750.0, 1900.0)
 
 
 def expected(age_years: float | None) -> Ages:
-    """The row of :data:`AGES` that an age falls into; all of them together if it is not known.
+    """The row of :data:`AGES` for an age; bounds that cover all ages if it is not known.
 
     >>> expected(5.9).brain_ml, expected(6).brain_ml, expected(None).ventricles_ml
     ((650, 1800), (750, 1900), (1, 250))
@@ -141,7 +141,7 @@ def judge(
     for name in ASKED:
         if (beside or {}).get(name, 0) > SITE_DEVIATIONS:
             far = f"{beside[name]:.1f} deviations worse than the site's median; at most {SITE_DEVIATIONS} is expected"
-            doubts.append(f"{TOLD[name]} is {figures[name]:.3g}, {far}")
+            doubts.append(f"{FIGURE_NAMES[name]} is {figures[name]:.3g}, {far}")
     doubts += [warning for warning in warnings if warning.endswith(READ_WITH_DOUBT)]
     return "fail" if failures else "review" if doubts else "pass", failures + doubts
 
@@ -178,7 +178,7 @@ def _volumes(volumes: Mapping[str, float], age_years: float | None) -> tuple[lis
 
 
 def beside_site(scans: Sequence[Mapping]) -> list[dict[str, float]]:
-    """For each scan of one site, by figure, how many robust deviations it is worse than the site's median; nothing of less than SITE_SCANS.
+    """For each scan of one site, by figure: how many robust deviations it is worse than the site's median; empty below SITE_SCANS scans.
 
     >>> scans = [{"cjv": 0.30 + 0.01 * k} for k in range(9)] + [{"cjv": 0.9}, {"cjv": None}]
     >>> [round(one.get("cjv", 0), 1) for one in beside_site(scans)[-3:]]

@@ -1,10 +1,12 @@
-"""What a written value says: ages, sexes, field strengths and licences as databases write them, with what was done to each.
+"""What a written value says: ages, sexes, field strengths, scanners and licences as databases write them.
 
-One rule for all: what is clear is taken, what is clear but written otherwise is taken and said, what is not clear is null and said.
+One rule for all: a clear value is taken; a clear value in another spelling is taken, with a note; an unclear one becomes null, with a note.
 """
 
+import functools
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,6 +19,16 @@ NEAR = 0.04
 """How near, as a share of the nominal value: Siemens's 2.89 T stands for 3."""
 _EMPTY = {"", "n/a", "na", "nan", "none", "null", "unknown", "-", "?"}
 _SEXES = {"f": "F", "female": "F", "woman": "F", "girl": "F", "m": "M", "male": "M", "man": "M", "boy": "M"}
+
+_MANUFACTURERS = {
+    "siemens": "Siemens", "philips": "Philips", "phillips": "Philips", "phllips": "Philips", "ge": "GE", "g.e.": "GE", "gems": "GE",
+    "general electric": "GE", "generalelectric": "GE", "toshiba": "Canon", "canon": "Canon", "hitachi": "Hitachi", "fujifilm": "Fujifilm",
+    "uih": "United Imaging", "united imaging": "United Imaging", "shanghai united imaging": "United Imaging", "bruker": "Bruker",
+    "hyperfine": "Hyperfine", "esaote": "Esaote", "neusoft": "Neusoft", "varian": "Varian", "agilent": "Agilent", "marconi": "Marconi",
+    "picker": "Picker", "elscint": "Elscint",
+}  # fmt: skip
+MANUFACTURERS = frozenset(_MANUFACTURERS.values())
+"""The spellings that :func:`canonical_manufacturer` makes."""
 
 
 class Reading(NamedTuple):
@@ -147,3 +159,42 @@ def canonical_licence(written: str | None) -> str | None:
     if match is None:
         return text
     return "CC-BY" + match[1].upper().replace(" ", "-") + (f"-{match[2]}" if match[2] else "")
+
+
+@functools.cache
+def canonical_manufacturer(name: str | None) -> str | None:
+    """One spelling a maker; a name that is not known stays as it came.
+
+    >>> canonical_manufacturer("SIEMENS"), canonical_manufacturer("GE MEDICAL SYSTEMS"), canonical_manufacturer("Gefen")
+    ('Siemens', 'GE', 'Gefen')
+    """
+    lower = " ".join((name or "").replace("_", " ").casefold().split())
+    return next((maker for alias, maker in _MANUFACTURERS.items() if re.match(rf"{re.escape(alias)}(?!\w)", lower)), name)
+
+
+def letters_of(name: str) -> str:
+    """Letters and digits alone, in lower case and without accents: spellings of one name have the same.
+
+    >>> letters_of("Université de Montréal"), letters_of("Trio_Tim")
+    ('universitedemontreal', 'triotim')
+    """
+    return re.sub(r"[\W_]", "", folded(name))
+
+
+def letters_of_model(model: str) -> str:
+    """The same of a scanner's model, without the maker's own word for all of a family.
+
+    >>> letters_of_model("MAGNETOM Trio_Tim"), letters_of_model("DISCOVERY MR750"), letters_of_model("Discovery")
+    ('triotim', 'mr750', 'discovery')
+    """
+    return letters_of(re.sub(r"(magnetom|discovery)(?=[\W_]*[^\W_])", "", model.casefold()))
+
+
+@functools.cache
+def folded(name: str) -> str:
+    """In lower case and without accents.
+
+    >>> folded("Montréal")
+    'montreal'
+    """
+    return "".join(letter for letter in unicodedata.normalize("NFKD", name) if not unicodedata.combining(letter)).casefold()

@@ -182,9 +182,19 @@ def show_database(
         sites = {site: {field: known(site, field) for field in SITE_FIELDS} for site in database.sites}
         print(json.dumps({**database.model_dump(), "standing": {**of_database, "sites": sites}}, indent=2, ensure_ascii=False))
         return
+    print("\n".join(_folded(line, 14) for line in _lines_about(database, of_database)) + "\n")
+    print(_drawn(_table(site_rows([database]), folded=True)), end="")
+    for document, address in database.documents.items():
+        fields = ", ".join(field for field, of in database.sources.items() if of == document)
+        print(f"{document}: {address}\n" + _folded(f"    {fields}", 4))
+    print("* no document at hand confirms it", file=sys.stderr)
+
+
+def _lines_about(database: "Database", known: dict[str, dict]) -> list[str]:
+    """A database in lines, but for its sites; ``known``: value, standing and source by field."""
     called = {address: document for document, address in database.documents.items()}
     lines = [f"{database.name}: {database.title}", ""]
-    for field, about in of_database.items():
+    for field, about in known.items():
         value = about["value"]
         text = "-" if value is None else ", ".join(f"{k} {_said(v)}" for k, v in value.items()) if isinstance(value, dict) else _said(value)
         star, read = " *" * (about["standing"] == "unverified"), called.get(about["source"], about["source"])
@@ -196,12 +206,7 @@ def show_database(
     lines.append(f"{'site rule':<13} {rule}: {column}")
     if database.lod_brain:
         lines.append(f"{'LOD-Brain':<13} {', '.join(f'{row} ({content.scans})' for row, content in database.lod_brain.items())}")
-    print("\n".join(_folded(line, 14) for line in lines) + "\n")
-    print(_drawn(_table(site_rows([database]), folded=True)), end="")
-    for document, address in database.documents.items():
-        fields = ", ".join(field for field, of in database.sources.items() if of == document)
-        print(f"{document}: {address}\n" + _folded(f"    {fields}", 4))
-    print("* no document at hand confirms it", file=sys.stderr)
+    return lines
 
 
 def _folded(line: str, indent: int) -> str:
@@ -212,7 +217,7 @@ def _folded(line: str, indent: int) -> str:
 
 
 def _said(value: object) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return "yes" if value is True else "no" if value is False else str(value)
 
 
 @sites_app.command("check")

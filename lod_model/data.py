@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -25,9 +24,9 @@ from data_registry.shard_store import ShardStore, open_store
 from data_registry.shards import block_counts, classes_of, pooled
 from lod_model.augment import augment, sample_seed
 from lod_model.deferred import KEY, Deferred, drawn
+from lod_model.runs import TABLES
 
 COARSE_FACTOR = 4
-TABLES = Path("tables")
 
 
 @dataclass(frozen=True)

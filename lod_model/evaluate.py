@@ -22,10 +22,10 @@ from data_registry.params import Params, fingerprint, load_params
 from data_registry.schema import RESULTS, read_table, table_metadata, write_table
 from data_registry.split import data_hash
 from lod_model import metrics
-from lod_model.data import TABLES, Scan, all_folds, preparation
+from lod_model.data import Scan, all_folds, preparation
 from lod_model.predict import best_device, output_protocol, predict_classes, with_engine
+from lod_model.runs import TABLES, finished, fold_folder, run_key, tracking_tags, training_identity
 from lod_model.tracking import Tracker
-from lod_model.train import finished, fold_folder, run_key, tracking_tags, training_identity
 
 log = logging.getLogger("lodbrain.evaluate")
 RESULTS_TABLE = TABLES / "results.parquet"

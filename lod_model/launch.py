@@ -11,6 +11,8 @@ from data_registry import slurm
 from data_registry.errors import InputError, run_stage
 from data_registry.params import Params, load_params
 from data_registry.slurm import Place, Task
+from lod_model.begin import begun
+from lod_model.runs import finished, training_identity
 from lod_model.tracking import LOCAL_FOLDER, sync
 
 log = logging.getLogger("lodbrain.slurm")
@@ -50,8 +52,6 @@ def submit_stage(stage: str, params: Params, *, by_dvc: bool = False) -> dict[Pl
 
 def train_folds(wanted: dict[str, list[int]], params: Params, *, wait: bool = True) -> None:
     """Train folds by network, as one array; those that an earlier array works on are left to it. InputError, in the end, if any fails."""
-    from lod_model.train import finished, training_identity
-
     identities = {network: training_identity(network, params) for network in wanted}
     folds = {f"{params.run_name(network)}/fold-{fold}": (network, fold) for network, numbers in wanted.items() for fold in numbers}
     places, new = _submit_folds(folds, identities, params)
@@ -93,7 +93,6 @@ def _submit_folds(folds: dict[str, tuple[str, int]], identities: dict[str, str],
 
 def _train(networks: tuple[str, ...], params: Params, *, wait: bool) -> None:
     from lod_model.data import all_folds
-    from lod_model.train import begun, finished, training_identity
 
     numbers, wanted = list(all_folds(params.resources)), {}
     for network in networks:

@@ -1,7 +1,7 @@
-"""Where weights come from, as they say themselves: the databases that trained and chose them, their citations, and may they be shared.
+"""Where weights come from, by their own record: the databases that trained and chose them, the citations, and whether they may be shared.
 
-A training notes it in its weights (:mod:`lod_model.provenance`): licences as the catalogue had them then and as they were accepted. Of those
-and today's the strictest counts. Needs none of what a training needs, so that the small image has it too.
+A training notes it in its weights (:mod:`lod_model.provenance`): licences as the catalogue had them then and as they were accepted. The
+strictest of those and today's counts. No import here needs a training's libraries, so the small image has it too.
 """
 
 import re
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_registry.catalogue import Database, catalogue, find_database
+from data_registry.catalogue import catalogue, find_database
+from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing, weights_may_be_shared
 from data_registry.ledgers import WITHDRAWN, Withdrawn, owner, read_rows, withdrawn
 from data_registry.licences import NO_ADVICE, Verdict, in_words, judge, strictest
@@ -17,6 +18,7 @@ from lod_model.weights import AUTHORS
 
 ROLES = ("train", "val")
 """Both have seen the data: one gave the gradients, the other chose the checkpoint."""
+
 
 def terms(database: Database) -> dict[str, Any]:
     """What the catalogue says now; ``licence_confirmed``: a document says so."""
@@ -70,9 +72,9 @@ def _of(entry: dict[str, Any]) -> Verdict:
 
 
 def _noted_and_today(entry: dict[str, Any], notes: list[str]) -> Verdict:
-    """Of the licence as it was noted, as it was accepted, and as the catalogue has it now, where these differ: the strictest.
+    """The strictest verdict on the licence as noted, as accepted, and as in today's catalogue, where these differ.
 
-    What was not known then, of a licence that is the same or that no document confirmed, is answered by what is known today.
+    If the answer was not known then, and the licence is the same or was not confirmed, today's answer replaces it.
     """
     verdicts, today = [_of(entry)], find_database(entry["name"])
     given = (entry.get("accepted") or {}).get("licence")
@@ -104,7 +106,7 @@ def _said(entry: dict[str, Any]) -> str:
 
 
 def in_lines(found: dict[str, Any]) -> Iterator[str]:
-    """The same for people: a table of databases, what to cite, what is not known, the verdict with its reasons."""
+    """The same as text: a table of databases, what to cite, notes, the verdict with its reasons."""
     if found["databases"]:
         yield "database\ttraining\tvalidation\tlicence\tweights"
     for entry in found["databases"]:

@@ -1,16 +1,15 @@
-"""What a training notes of the data that it has seen: in its weights database by database, beside them scan by scan.
+"""What a training records about the data it has seen: in its weights by database, beside them by scan.
 
-No person's name goes into a file that may be given on; ``seen.tsv`` stays in the project. Shards carry no licence: their bytes depend on
+No person's name goes into a file that may be passed on; ``seen.tsv`` stays in the project. Shards carry no licence: their bytes depend on
 scans alone, and the database's name leads to the catalogue. :mod:`lod_model.lineage` tells what the weights say.
 """
 
-import csv
 from pathlib import Path
 from typing import Any
 
 from data_registry.catalogue import find_database
-from data_registry.files import replacing
 from data_registry.ledgers import accepted_licences
+from data_registry.tsv import write_tsv
 from lod_model.data import Scan
 from lod_model.lineage import ROLES, terms
 
@@ -35,7 +34,5 @@ def databases_seen(roles: dict[str, list[Scan]]) -> list[dict[str, Any]]:
 
 def write_seen(folder: Path, roles: dict[str, list[Scan]]) -> None:
     """The scans of these roles beside a fold's weights."""
-    with replacing(folder / SEEN) as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.writer(handle, delimiter="\t", lineterminator="\n")
-        writer.writerow(("scan_id", "database", "site", "role"))
-        writer.writerows((scan.scan_id, scan.database, scan.site, role) for role in ROLES for scan in roles.get(role, []))
+    seen = [vars(scan) | {"role": role} for role in ROLES for scan in roles.get(role, [])]
+    write_tsv(folder / SEEN, ("scan_id", "database", "site", "role"), seen)

@@ -37,8 +37,8 @@ from lod_model.report_tables import (
     site_table,
     volume_bias,
 )
+from lod_model.runs import run_key, training_identity
 from lod_model.tracking import Tracker
-from lod_model.train import run_key, training_identity
 
 ATLAS = "atlas"
 """Name of the network that stands for the majority-label atlas of a fold's training scans."""

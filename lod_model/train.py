@@ -9,7 +9,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -21,19 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data_registry import protocol
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
-from data_registry.params import Params, Train, fingerprint, load_params
-from data_registry.schema import table_metadata
-from data_registry.split import data_hash
+from data_registry.params import Params, load_params
 from lod_model import checkpoints, preempt, processes, readers
-from lod_model.data import TABLES, Scan, all_folds, preparation
+from lod_model.begin import begun, epochs_of, grown
+from lod_model.data import Scan, all_folds, preparation
 from lod_model.fit import Account, fit
+from lod_model.launch import train_folds
 from lod_model.provenance import databases_seen, write_seen
+from lod_model.runs import TABLES, finished, fold_folder, run_key, tracking_tags, training_identity
 from lod_model.tracking import Tracker
 
 log = logging.getLogger("lodbrain.train")
-CHECKPOINTS = Path("checkpoints")
-RECIPE_VERSION = 3
-"""Part of every fold's fingerprint; raise it when a change of code changes what a training gives."""
 
 
 def main() -> None:
@@ -65,13 +62,11 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
     log.info("%s: %d folds, %d to train", run, len(folds), len(todo))
     if not todo:
         return
-    epochs = processes.all_can(lambda: _epochs(network, params))
+    epochs = processes.all_can(lambda: epochs_of(network, params))
     tracking: list[tuple[Tracker, str]] = []  # of the first process
     processes.from_first(lambda: tracking.append(begun(network, params)))
     tracker, parent = tracking[0] if tracking else (None, None)
     if params.resources.launcher == "slurm" and not several:
-        from lod_model.launch import train_folds
-
         with tracker.underway(parent):
             train_folds({network: todo}, params)
         tracker.finish(parent)
@@ -98,43 +93,6 @@ def train(network: str, params: Params, folds: dict[int, dict[str, list[Scan]]])
         tracker.finish(parent)
 
 
-def begun(network: str, params: Params) -> tuple[Tracker, str]:
-    """MLflow's run of all folds, made if there is none yet; InputError for settings that do not fit the network."""
-    _check_fits(network, _grown(network, "fine", None, params), params)
-    run, tracker = params.run_name(network), Tracker(params.experiment, uri=params.resources.mlflow_uri)
-    parent = tracker.run(run_key(run, training_identity(network, params)), name=run, tags=tracking_tags() | {"network": network})
-    tracker.params(parent, {"network": network, **_flat(params)})
-    return tracker, parent
-
-
-def fold_folder(run: str, fold: int) -> Path:
-    """Where a fold's weights stand, below the current folder."""
-    return CHECKPOINTS / run / f"fold-{fold}"
-
-
-def training_identity(network: str, params: Params) -> str:
-    """Fingerprint of all that a run's weights depend on; read from the settings and the tables below the current folder."""
-    versions = [protocol.load(name).version for name in params.train.protocols]
-    versions = versions[0] if isinstance(params.train.protocol, str) else versions
-    return fingerprint(RECIPE_VERSION, network, params.train, versions, params.harmonise.grid, tracking_tags())
-
-
-def tracking_tags() -> dict[str, str]:
-    """Hashes of the split and of the data, as MLflow's runs carry them."""
-    return {"split_hash": table_metadata(TABLES / "split.parquet")["split_hash"], "data_hash": data_hash(TABLES)}
-
-
-def run_key(run: str, identity: str, fold: int | None = None) -> str:
-    """The unique tag in MLflow of a run, or of one of its folds."""
-    return f"{run}/{identity[:16]}" + ("" if fold is None else f"/{fold}")
-
-
-def finished(run: str, fold: int) -> str | None:
-    """The fingerprint of a finished fold."""
-    path = fold_folder(run, fold) / "fold.json"
-    return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.is_file() else None
-
-
 def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[Scan]], identity: str, account: Account) -> None:
     """All stages of one fold, then its weights and, last, its ``fold.json``."""
     from lod_model import networks, weights
@@ -156,7 +114,7 @@ def _train_fold(network: str, params: Params, fold: int, roles: dict[str, list[S
     roles = {role: [scan.standardised(prepared.scale) for scan in roles.get(role, [])] for role in ("train", "val")}
     net, names = None, [level for level in ("coarse", "fine") if getattr(params.train, level).epochs]
     for level in names:
-        net = _grown(network, level, net, params)
+        net = grown(network, level, net, params)
         if net is None:
             continue
         done = folder / f"{level}.pt"  # a finished stage of a fold that was stopped later
@@ -211,83 +169,6 @@ def _finish(folder: Path, net, about: dict, stages: dict[str, dict], roles: dict
     (folder / f"started-{about['provenance']['fingerprint']}").unlink()
     with replacing(folder / "fold.json") as aside:
         aside.write_text(json.dumps({**about["provenance"], "stages": stages}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _epochs(network: str, params: Params) -> int:
-    """Of all stages of a fold; InputError for settings that do not fit the network."""
-    _check_fits(network, _grown(network, "fine", None, params), params)
-    return sum(getattr(params.train, level).epochs for level in ("coarse", "fine") if _grown(network, level, None, params) is not None)
-
-
-def _grown(network: str, level: str, previous, params: Params):
-    """The network of a stage, holding what the stage before it learned; None for a coarse stage that the network does not have."""
-    import torch
-
-    from lod_model import networks
-
-    torch.manual_seed(params.train.seed)
-    learned = [protocol.load(name) for name in networks.outputs(network, params.train.protocols)]
-    window = {"window": params.train.crops.side} if networks.recipe_of(network).samples == "crops" else {}
-    own, given = params.train.network_of(network), networks.config_for(network, learned)
-    for key, value in given.items():
-        if own.get(key, value) != value:
-            raise InputError(f"train.network: {key} of {network} is {own[key]}; it follows from train.protocol, so {value}, or nothing, is wanted")
-    config = {**window, **own, **given}  # the protocols in the order of train.protocol, which is that of the label maps
-    if level == "coarse":
-        return networks.build_coarse(network, config)
-    net = networks.build(network, config)
-    if previous is not None:
-        networks.load_coarse(net, previous, freeze=params.train.coarse_level == "frozen")
-    return net
-
-
-def _check_fits(name: str, net, params: Params) -> None:
-    """That the network has what the settings ask for; InputError names the setting."""
-    from lod_model import networks
-    from lod_model.feeding import augments_on_device
-
-    settings = params.train
-    for key, value in settings.network.items():
-        if isinstance(value, dict) and not networks.is_known(key):
-            raise InputError(f"train.network.{key}: no such network; a setting, or settings below one of {', '.join(networks.names())}, is wanted")
-    if settings.recipe not in ("shared", "own") and not networks.is_known(settings.recipe):
-        raise InputError(f"train.recipe: {settings.recipe!r} is none; shared, own or one of {', '.join(networks.names())} is wanted")
-    augments_on_device(name, networks.recipe_of(name, settings.recipe), settings)
-    if settings.checkpointing == "blocks" and not hasattr(net, "checkpoint_blocks"):
-        raise InputError(f"train.checkpointing is blocks: network {name} has none to keep; none is wanted")
-    _check_computes(settings)
-    if settings.fine_patch and (not hasattr(net, "forward_window") or net.config.levels == 1):
-        raise InputError(f"train.fine_patch is {settings.fine_patch}: network {name} has no level that sees the whole head; null is wanted")
-    if settings.fine_patch and settings.fine_patch % net.config.multiple:
-        raise InputError(f"train.fine_patch is {settings.fine_patch}: null or a multiple of {net.config.multiple} is wanted")
-
-
-def _check_computes(settings: Train) -> None:
-    """That this machine, and these processes, compute as the settings ask for."""
-    import torch
-
-    if settings.compile == "network" and settings.fine_patch:
-        raise InputError("train.compile is network: windows of train.fine_patch begin elsewhere in each step; none is wanted")
-    compiler = os.environ.get("CXX", "g++")
-    if settings.compile == "network" and not torch.cuda.is_available() and not shutil.which(compiler):
-        raise InputError(f"train.compile is network: no C++ compiler {compiler} on this machine; one, or train.compile none, is wanted")
-    if settings.batch_norms == "all" and processes.group().world > 1 and not torch.cuda.is_available():
-        raise InputError("train.batch_norms is all: between processes without GPUs there is no such norm; own, or one process, is wanted")
-
-
-def _flat(params: Params) -> dict[str, object]:
-    """The settings as MLflow shows them: dotted keys; where things run is no setting."""
-    flat: dict[str, object] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", params.model_dump(mode="json", exclude={"resources", "index"}))
-    return flat
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pipelines.reconcile_people import YEARS_OF_RANGE
 CONFLICTS_TSV = Path("tables/conflicts.tsv")
 CONFLICTS_HTML = Path("tables/conflicts.html")
 EXAMPLES = 12
-"""Lines of one kind and database that the page shows, those of most scans."""
+"""Lines of one kind and database that the page shows: those that concern most scans."""
 SITES_NAMED = 2
 """Sites that a line of the page names."""
 DECIDE, MISSING, BY_RULE = "To decide", "Missing", "Changed or chosen by rule"
@@ -30,14 +30,14 @@ KINDS = {
     "sidecar against catalogue": (DECIDE, "The sidecar and the catalogue do not agree. The sidecar, nearer to the scan, is taken."),
     "fewer than expected": (DECIDE, f"By more than {SHARE_OF_COUNT:.0%} (below 50 by any): a download may be incomplete."),
     "more than expected": (DECIDE, f"By more than {SHARE_OF_COUNT:.0%} (below 50 by any): repeats, later releases, or another database's scans."),
-    "absent site": (DECIDE, "A site of the catalogue without a scan here."),
+    "absent site": (DECIDE, "The catalogue has this site, but no scan of it is here."),
     "unknown database": (DECIDE, "Not in the catalogue: one site named after the folder, of which nothing is expected."),
     "age impossible": (DECIDE, "Below 0 or above 110 years; often months or days, or a code for missing. Declare Units in participants.json."),
     "age out of range": (DECIDE, f"More than {YEARS_OF_RANGE:g} year outside what is published of the site. Kept."),
     "age unclear": (DECIDE, "A range, a bound or several ages where one number is wanted."),
     "sex unclear": (DECIDE, "Neither F, M nor a word for them. Codes are read as participants.json (Levels) or the catalogue (sex_codes) declares."),
     "field strength unclear": (DECIDE, "Near no nominal value, or not in tesla. The catalogue's stands, if the site has one."),
-    "unknown manufacturer": (DECIDE, "A maker that no spelling is known for."),
+    "unknown manufacturer": (DECIDE, "The manufacturer is not among the known names."),
     "licence": (DECIDE, "dataset_description.json and the catalogue do not agree, or the catalogue names none."),
     "uneven row": (DECIDE, "Rows of participants.tsv with more or fewer cells than the header, or without a participant."),
     "unreadable file": (DECIDE, "Descriptions that cannot be read. A scan's own sidecar that cannot be read stands under quarantined."),
@@ -45,22 +45,22 @@ KINDS = {
     "missing column": (MISSING, "participants.tsv has no column that is read for it."),
     "missing row": (MISSING, "Scanned subjects that participants.tsv does not name."),
     "row without scan": (MISSING, "Subjects of participants.tsv without a T1w."),
-    "folder without scan": (MISSING, "Folders sub-* without a T1w, of whom participants.tsv does not tell, or whose name is no subject's."),
-    "missing value": (MISSING, "Nothing is written, and the catalogue knows nothing either."),
+    "folder without scan": (MISSING, "Folders sub-* without a T1w that participants.tsv does not name, or whose name is no subject's."),
+    "missing value": (MISSING, "Neither the files nor the catalogue state a value."),
     "same file elsewhere": (BY_RULE, "The same bytes in another database: one person to the split, two scans to a training. "
                             "Of a database that came twice, leave one out of index.roots; two people need two files."),
-    "label of another scan": (BY_RULE, "One label map for several T1w of a subject: the first has it, as by the next the head has moved."),
-    "from the catalogue": (BY_RULE, "The sidecars say nothing that is clear; the catalogue's value of the site is taken."),
+    "label of another scan": (BY_RULE, "Several T1w of a subject have one label map. It belongs to the first; for the next, the head has moved."),
+    "from the catalogue": (BY_RULE, "The sidecars state no clear value; the catalogue's value for the site is taken."),
     "column taken": (BY_RULE, "A column of another name was read."),
     "rounded": (BY_RULE, "A field strength near a nominal one: 2.89 T is sold as 3 T."),
     "unit": (BY_RULE, "Written in another unit."),
-    "spelling": (BY_RULE, "Clear, but spelled otherwise than the tables do."),
+    "spelling": (BY_RULE, "Clear, but in another spelling than the tables use."),
 }
 _FACTS = {"age_years": "age", "sex": "sex", "manufacturer": "maker", "field_strength_tesla": "field"}
 
 
 def write_conflicts(checks: list[Reconciliation]) -> str:
-    """Write both files from finished reconciliations; a line that says how many conflicts there are, and where."""
+    """Write both files from finished reconciliations; returns a line that says how many conflicts there are and where they are listed."""
     rows = conflict_rows(checks)
     with replacing(CONFLICTS_TSV) as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
         writer = csv.writer(handle, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
@@ -151,7 +151,7 @@ def _page(checks: list[Reconciliation], rows: list[dict]) -> str:
 
 
 def _alike(rows: list[dict]) -> list[dict]:
-    """A line for what is the same but for site, scan and person: of how many scans, and the first."""
+    """Merge rows that differ only in site, scan and person into one line, with the number of scans and the first of them."""
     lines: dict[tuple, dict] = {}
     for row in rows:
         if row["kind"] == "same file elsewhere":  # in which databases; the table says which scans

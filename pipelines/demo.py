@@ -9,7 +9,6 @@ the others as they are. A database is written aside and renamed when it is compl
 """
 
 import argparse
-import csv
 import json
 import multiprocessing
 import os
@@ -18,10 +17,12 @@ import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from operator import itemgetter
 from pathlib import Path
 
 from data_registry.errors import InputError, run_stage
 from data_registry.files import replacing
+from data_registry.tsv import read_tsv, write_tsv
 from pipelines.demo_sites import SITES, Site
 
 _COLUMNS = ("participant_id", "site", "age", "sex")
@@ -86,8 +87,7 @@ def _participants(folder: Path, *, seed: int) -> list[dict]:
     made_with = _seed_of(folder)
     if made_with != seed:
         raise InputError(f"{folder}: was made with --seed {made_with}, --seed {seed} is asked for; choose another folder or remove it")
-    with open(folder / "participants.tsv", encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle, delimiter="\t"))
+    return read_tsv(folder / "participants.tsv")[1]
 
 
 def _make(out: Path, jobs: list[tuple[Site, int]], *, seed: int, workers: int) -> None:
@@ -169,7 +169,7 @@ def _publish(aside: Path, folder: Path, rows: list[dict], *, seed: int) -> None:
     if not folder.exists():
         _write_json(aside / "dataset_description.json", _description(folder.name, seed=seed))
         _write_json(aside / _LABELS / "dataset_description.json", _labels_description(folder.name))
-        _write_participants(aside / "participants.tsv", rows)
+        write_tsv(aside / "participants.tsv", _COLUMNS, sorted(rows, key=itemgetter("participant_id")))
         aside.rename(folder)
         return
     old = _participants(folder, seed=seed)
@@ -178,7 +178,7 @@ def _publish(aside: Path, folder: Path, rows: list[dict], *, seed: int) -> None:
             target = folder / part / row["participant_id"]
             shutil.rmtree(target, ignore_errors=True)  # what an interrupted run left, not yet in the table
             (aside / part / row["participant_id"]).rename(target)
-    _write_participants(folder / "participants.tsv", old + rows)
+    write_tsv(folder / "participants.tsv", _COLUMNS, sorted(old + rows, key=itemgetter("participant_id")))
 
 
 def _description(database: str, *, seed: int) -> dict:
@@ -206,13 +206,6 @@ def _labels_description(database: str) -> dict:
 def _write_json(path: Path, content: dict) -> None:
     with replacing(path) as aside:
         aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_participants(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, _COLUMNS, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["participant_id"]))
 
 
 class _Parser(argparse.ArgumentParser):

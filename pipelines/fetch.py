@@ -13,8 +13,10 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from data_registry.catalogue import NAME_PATTERN, Database, find_database
+from data_registry.catalogue import find_database
+from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
 from pipelines import fetch_terms
 from pipelines.fetch_choice import SITE_TABLES, File, Part, choose_subjects, find_files, find_freesurfer, find_parts, join_participants, warn_of_sites
@@ -37,13 +39,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Network:
-    """How it is met."""
+    """How connections are made."""
 
     endpoint_url: str | None = None
     """Of an S3 server; None: AWS_ENDPOINT_URL, else Amazon's."""
     workers: int = 8
     tries: int = 5
-    """After the first, while nothing comes."""
+    """Further attempts, counted from the last byte that came."""
     timeout_s: float = 30
 
 
@@ -103,36 +105,49 @@ def fetch(
         fetch_terms.accept(database, accepted, address=address)
     with ThreadPoolExecutor(2 * network.workers) as pool:
         opened, parts, chosen, files = _listed(address, network, lambda there: _images(there, database, choice, withdrawn, pool))
-        sources = [(opened, files, Ledger(to, opened.address, read_only=dry_run))]
+        sources = [_Source(opened, files, Ledger(to, opened.address, read_only=dry_run))]
         if choice.labels and database.labels and database.labels.route and address in fetch_terms.addresses(database):
             people = {subject for subjects in chosen for subject in subjects}
             opened, maps = _listed(database.labels.route, network, lambda there: (find_freesurfer(there, database.labels.subject, people, pool),))
-            sources.append((opened, maps, Ledger(to, opened.address, read_only=dry_run)))
-    for opened, files, ledger in sources:
-        if another := next(filter(ledger.is_another, files), None):
-            came = ledger.rows[another.path]
-            sizes = f"{came['bytes']} bytes came from {came['route']}, {another.entry.bytes} are at {opened.address}"
-            raise InputError(f"{to / another.path}: {sizes}: two databases; another --to is wanted")
-    files = [file for _, files, _ in sources for file in files]
-    missing = [[file for file in files if not ledger.has(file, verify=verify)] for _, files, ledger in sources]
+            sources.append(_Source(opened, maps, Ledger(to, opened.address, read_only=dry_run)))
+    _refuse_another(to, sources)
+    files = [file for source in sources for file in source.files]
+    missing = [[file for file in source.files if not source.ledger.has(file, verify=verify)] for source in sources]
     all_missing = [file for files in missing for file in files]
     here = len(files) - len(all_missing)
     if dry_run:
-        at = " and ".join(opened.address for opened, _, _ in sources)
+        at = " and ".join(source.route.address for source in sources)
         print(f"{name}: {_size(files)} at {at}; {here} are here, {_size(all_missing)} to fetch")
         return {}
     faults: dict[str, str] = {}
     with alone(to):
         _check_room(to, all_missing)
-        for (opened, _, ledger), wanted in zip(sources, missing, strict=True):
-            faults |= transfer(opened, wanted, ledger, tries=network.tries, workers=network.workers)
-        _keep_tables(to, database, parts, withdrawn, sources[0][2])
+        for source, wanted in zip(sources, missing, strict=True):
+            faults |= transfer(source.route, wanted, source.ledger, tries=network.tries, workers=network.workers)
+        _keep_tables(to, database, parts, withdrawn, sources[0].ledger)
         if not faults:
             tidy(to)
     print(f"{name}: {_size(files)} in {to}; {here} were here, {len(all_missing) - len(faults)} came, {len(faults)} could not be had")
     if not faults:
         print(f"next: `index: {{roots: [{to}]}}` in params.yaml, then python -m pipelines.index")
     return faults
+
+
+class _Source(NamedTuple):
+    """One address: its route, the files that are wanted of it, and the ledger of those that are here."""
+
+    route: Route
+    files: list[File]
+    ledger: Ledger
+
+
+def _refuse_another(to: Path, sources: list[_Source]) -> None:
+    """Raise :class:`InputError` if the folder holds images of the same paths from elsewhere, of other sizes."""
+    for source in sources:
+        if another := next(filter(source.ledger.is_another, source.files), None):
+            came = source.ledger.rows[another.path]
+            sizes = f"{came['bytes']} bytes came from {came['route']}, {another.entry.bytes} are at {source.route.address}"
+            raise InputError(f"{to / another.path}: {sizes}: two databases; another --to is wanted")
 
 
 def _listed(address: str, network: Network, ask: Callable[[Route], tuple]) -> tuple:
@@ -172,7 +187,7 @@ def _keep_tables(to: Path, database: Database, parts: list[Part], withdrawn: Col
 
 
 def _check_room(to: Path, missing: list[File]) -> None:
-    """A disk that is too small is better known before the night than after it."""
+    """Refuse a disk that is too small before a long download rather than after it."""
     parts = (aside_of(to, file) for file in missing)
     wanted = sum(file.entry.bytes for file in missing) - sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(to).free

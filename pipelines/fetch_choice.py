@@ -5,7 +5,6 @@ side, a site's inherited sidecar goes into each of its subjects' folders, and it
 :func:`join_participants` makes one table with the site as a column.
 """
 
-import csv
 import logging
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.errors import InputError
-from data_registry.files import replacing
 from data_registry.label_sources import FREESURFER_FILES, LABEL_GLOBS
+from data_registry.tsv import write_tsv
 from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import rows_by_subject, subject_of
 from pipelines.fetch_routes import Entry, Route, safe
@@ -79,7 +78,7 @@ def find_parts(route: Route, database: Database, pool: Executor) -> list[Part]:
 
 
 def _without_seconds(parts: list[Part]) -> list[Part]:
-    """Without folders that are no database and hold people of one, such as ABIDE I's ``sidecards``: JSON files, and no image."""
+    """Drop folders that are no database but hold people of one, such as ABIDE I's ``sidecards``, which has JSON files and no image."""
     held = {subject for part in parts if part.described for subject in part.subjects}
     seconds = [part for part in parts if not part.described and held & set(part.subjects)]
     if seconds:
@@ -94,7 +93,7 @@ def _site(folder: str, database: Database) -> str:
 
 
 def _site_of(part: Part, row: dict, database: Database) -> str | None:
-    """Of a subject: as its row says, if the catalogue has such a site or the folder tells none; else the folder's."""
+    """The site of a subject: from its row, if the catalogue has that site or the folder implies none; else from the folder."""
     said = row.get(database.site_rule.participants)
     return said if said not in (None, "", "n/a") and (said in database.sites or part.site not in database.sites) else part.site
 
@@ -126,7 +125,7 @@ def choose_subjects(
 
 
 def warn_of_sites(route: Route, database: Database, parts: list[Part]) -> None:
-    """Say before the night that index will miss the column that tells sites."""
+    """Warn before a long download that index will miss the column from which sites are read."""
     column = database.site_rule.participants
     if column and not parts[0].folder:
         table = next((entry for entry in parts[0].top if _name(entry) == "participants.tsv"), None)
@@ -218,10 +217,7 @@ def join_participants(root: Path, database: Database, parts: Iterable[Part], wit
             row = told.get(subject, {}) | {"participant_id": f"sub-{subject}"}
             header |= dict.fromkeys(row)
             joined[subject] = row | {column: _site_of(part, row, database)}
-    with replacing(root / "participants.tsv") as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, list(header), restval="n/a", delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(joined[subject] for subject in sorted(joined))
+    write_tsv(root / "participants.tsv", list(header), [joined[subject] for subject in sorted(joined)], missing="n/a")
 
 
 def _rows(part: Part, content: bytes, where: str) -> dict[str, dict]:

@@ -7,7 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from pipelines.fetch_routes import Entry, Route, open_route
+from pipelines.fetch_routes import Entry, Route
+from pipelines.fetch_sources import open_route
 
 
 def open_joined(address: str, **settings) -> Route:

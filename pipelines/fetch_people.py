@@ -3,13 +3,11 @@
 Tables of FCP-INDI write 50642 for the folder sub-0050642, and have ``participant_id`` in any column.
 """
 
-import csv
-import io
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from data_registry.errors import InputError
 from data_registry.files import replacing
+from data_registry.tsv import parse_tsv
 
 ID = "participant_id"
 
@@ -29,10 +27,7 @@ def rows_by_subject(content: bytes, where: str, subjects: Collection[str]) -> di
     >>> rows_by_subject(b"site\\tparticipant_id\\nCMU\\t50642\\n", "a table", {"0050642", "0050643"})
     {'0050642': {'site': 'CMU', 'participant_id': '50642'}}
     """
-    try:
-        rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter="\t"))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{where}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
+    _, rows = parse_tsv(content, where)
     rows = {subject_of(row[ID]): {key: value for key, value in row.items() if key is not None} for row in rows if row.get(ID)}
     meant = _meant(rows, subjects)
     return {meant[label]: row for label, row in rows.items() if label in meant}

@@ -8,21 +8,22 @@ import re
 import shlex
 from datetime import UTC, datetime
 
-from data_registry.catalogue import Database, catalogue
+from data_registry.catalogue import catalogue
+from data_registry.catalogue_schema import Database
 from data_registry.catalogue_sources import standing
 from data_registry.errors import InputError
 from data_registry.ledgers import LICENCES, WITHDRAWN, read_rows, withdrawn
 
 LICENCE_COLUMNS = ("date", "user", "database", "licence", "route")
 UNKNOWN = "unknown"
-"""What one accepts where no document states the licence."""
+"""What is accepted if no document states the licence."""
 
 
 def address_of(database: Database, route: str | None) -> str:
     """Where to fetch from: ``route`` if given, else the catalogue's.
 
     An :class:`InputError` if the database is withdrawn or embargoed, wants a registration or an agreement first, or has no address that can
-    be read. Who gives a route has been let in, or has the files already.
+    be read. Whoever gives a route has been let in, or has the files already.
     """
     if database.state in ("withdrawn", "embargoed"):
         raise InputError(f"{database.name} is {database.state}, says the catalogue; it is not fetched")
@@ -68,7 +69,7 @@ def licence_of(database: Database) -> tuple[str, str]:
 
 
 def accept(database: Database, accepted: str | None, *, address: str) -> None:
-    """Go on if the licence is accepted, now or once before in this project; record it. Else an :class:`InputError`."""
+    """Record that the licence is accepted, now or earlier in this project. Raises :class:`InputError` if it is not."""
     licence, words = licence_of(database)
     option = f"--accept-licence {shlex.quote(licence)}"
     key = {"database": database.name, "licence": licence}

@@ -1,7 +1,7 @@
 """Stage *index*: BIDS databases → ``tables/scans.parquet``, a row a T1w: who, where, which scanner, which files, which bytes.
 
-What is read against the catalogue (:mod:`pipelines.reconcile`) stands in ``tables/conflicts.html`` and ``.tsv``, also of a run that stops for
-want of a single usable scan.
+Conflicts with the catalogue (:mod:`pipelines.reconcile`) are listed in ``tables/conflicts.html`` and ``.tsv``, even if the run then stops because
+no scan can be used.
 
 Always runs and is cheap: hashes are cached by path, size and time, and the table is what every later stage depends on, so DVC never
 hashes the raw data. A scan that cannot be used keeps its row, with the reason; what makes a whole database unusable stops the run.
@@ -11,17 +11,14 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import track
 
-from data_registry.catalogue import NAME_PATTERN, Database, find_database
+from data_registry.catalogue import find_database
+from data_registry.catalogue_schema import NAME_PATTERN, Database
 from data_registry.errors import InputError, run_stage
-from data_registry.files import replacing, sha256
 from data_registry.label_sources import find_labels
 from data_registry.ledgers import WITHDRAWN, Withdrawn, owner, withdrawn
 from data_registry.params import Index, load_params
@@ -29,14 +26,14 @@ from data_registry.people import merge_people, name_people, read_people
 from data_registry.schema import write_table
 from pipelines.bids_files import T1w, find_t1w
 from pipelines.conflicts import CONFLICTS_TSV, write_conflicts
+from pipelines.hashes import hash_files
 from pipelines.participants import Participants
 from pipelines.reconcile import Reconciliation
 from pipelines.reconcile_scanners import merged
 
 log = logging.getLogger("lodbrain.index")
-HASH_CACHE = Path("cache/hashes.parquet")
 SCANS_TABLE = Path("tables/scans.parquet")
-TOLD = 20
+MOST_NAMED = 20
 """Quarantined scans that are named on the terminal."""
 
 
@@ -77,7 +74,7 @@ def index(
     rows, unusable = _not_withdrawn(databases, labels, checks)
     _tell_apart(rows)
     if not unusable:
-        _hash_files(rows, databases)
+        hash_files(rows, databases)
         _tell_of_shared(_judge_same_content(rows), checks)
     name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
@@ -94,8 +91,8 @@ def index(
 
 
 def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list[Reconciliation]) -> tuple[list[dict], list[str]]:
-    """Rows of all databases, but of whom and what ``withdrawn.tsv`` names, whose files are not read and who are in no conflict; and why other
-    databases cannot be used."""
+    """Rows of all databases without what ``withdrawn.tsv`` names, whose files are not read and which causes no conflict; and why some databases
+    cannot be used."""
     gone, rows, unusable = withdrawn(), [], []
     left_out = [name for name in databases if gone.has(name)]
     for name, root in databases.items():
@@ -123,10 +120,10 @@ def _tell_of_others(roots: list[Path]) -> None:
 
 def _tell_of_quarantine(rows: list[dict]) -> None:
     bad = [row for row in rows if row["reason"]]
-    for row in bad[:TOLD]:
+    for row in bad[:MOST_NAMED]:
         log.warning("quarantined %s: %s", row["scan_id"], row["reason"])
-    if len(bad) > TOLD:
-        log.warning("quarantined: %d more, each with its reason in %s", len(bad) - TOLD, CONFLICTS_TSV)
+    if len(bad) > MOST_NAMED:
+        log.warning("quarantined: %d more, each with its reason in %s", len(bad) - MOST_NAMED, CONFLICTS_TSV)
 
 
 def _tell_of_gone(rows: list[dict]) -> None:
@@ -220,7 +217,7 @@ def scan_name(path: str) -> str:
 
 
 def _misplaced(t1w: T1w) -> str | None:
-    """Why a T1w is quarantined whose name and folders tell of two subjects or sessions."""
+    """Why a T1w is quarantined if its name and its folders disagree on the subject or session; else None."""
     folders = t1w.path.split("/")[:-1]
     told = {"sub": t1w.subject, "ses": t1w.session}
     for folder in folders:
@@ -231,7 +228,7 @@ def _misplaced(t1w: T1w) -> str | None:
 
 
 def _tell_apart(rows: list[dict]) -> None:
-    """Two files that give one ``scan_id`` (``.nii`` beside ``.nii.gz``): which is meant is not known."""
+    """Quarantine two files that give one ``scan_id`` (``.nii`` beside ``.nii.gz``), as nobody knows which is meant."""
     first: dict[str, dict] = {}
     for row in rows:
         other = first.setdefault(row["scan_id"], row)
@@ -241,48 +238,9 @@ def _tell_apart(rows: list[dict]) -> None:
             other["reason"] = other["reason"] or f"{other['t1w_path']}: names the same scan as {row['t1w_path']}; one file for one scan is wanted"
 
 
-def _hash_files(rows: list[dict], databases: dict[str, Path]) -> None:
-    """Fill in the SHA-256 of every T1w and label map; a file that cannot be read quarantines its scan."""
-    try:
-        known = {(r["path"], r["bytes"], r["mtime_ns"]): r["sha256"] for r in pq.read_table(HASH_CACHE).to_pylist()}
-    except (OSError, pa.ArrowInvalid):  # none yet, or damaged: it is a cache
-        known = {}
-    wanted = [(row, row, "t1w", row["t1w_path"]) for row in rows] + [(row, label, "", label["path"]) for row in rows for label in row["labels"]]
-
-    def one(item: tuple) -> tuple | None:
-        row, _, _, path = item
-        file = (databases[row["database"]] / path).resolve()
-        try:
-            status = file.stat()
-            if not status.st_size:  # all empty files have the same bytes
-                return None, f"{databases[row['database']] / path}: an empty file; a volume is wanted"
-            key = (str(file), status.st_size, status.st_mtime_ns)
-            return key, known.get(key) or sha256(file)
-        except OSError as error:
-            there = databases[row["database"]] / path
-            annexed = isinstance(error, FileNotFoundError) and there.is_symlink()
-            why = "a link to a file that is not here (of DataLad's, `datalad get` fetches it)" if annexed else error.strerror
-            return None, f"{there}: {why}; a readable file is wanted"
-
-    cache, kept = {}, known
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            results = track(pool.map(one, wanted), "index: hashing", total=len(wanted), console=Console(stderr=True), transient=True)
-            for (row, target, kind, _), (key, value) in zip(wanted, results, strict=True):
-                if key is None:
-                    row["reason"] = row["reason"] or value
-                    continue
-                target["t1w_sha256" if kind else "sha256"] = cache[key] = value
-        kept = {}
-    finally:  # stopped midway, what was read is not read again
-        table = pa.Table.from_pylist([{"path": p, "bytes": b, "mtime_ns": t, "sha256": h} for (p, b, t), h in sorted((kept | cache).items())])
-        with replacing(HASH_CACHE) as aside:
-            pq.write_table(table, aside)
-
-
 def _judge_same_content(rows: list[dict]) -> list[list[dict]]:
-    """The same bytes twice: in one database nobody knows whose they are, so both are quarantined; across databases it is one person. Returned
-    are the latter, file by file."""
+    """Files with the same bytes: within a database nobody knows whose they are, so all are quarantined; across databases they are one person's.
+    Returns the scans of each file that several databases have."""
     by_content = defaultdict(list)
     for row in rows:
         if row["t1w_sha256"]:

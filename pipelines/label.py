@@ -91,7 +91,12 @@ def label(todo: list[Work], params: Params, *, launcher: str) -> None:
             (base / WORK / todo[0].tool).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{base}: {error.strerror}; a folder that can be written, or index.labels in params.yaml, is wanted") from None
-    failed = {"here": _here, "slurm": _by_slurm}.get(launcher, _by_ray)(todo, params, launcher)
+    if launcher == "here":
+        failed = _here(todo)
+    elif launcher == "slurm":
+        failed = _by_slurm(todo, params)
+    else:
+        failed = _by_ray(todo, params, launcher)
     log.info("%d of %d scans labelled; `python -m pipelines.index` takes them up", len(todo) - len(failed), len(todo))
     if failed:
         first = next(iter(failed))
@@ -100,7 +105,8 @@ def label(todo: list[Work], params: Params, *, launcher: str) -> None:
         raise InputError(f"{len(failed)} of {len(todo)} scans failed, e.g. {first}: {failed[first]}; the same command tries them again")
 
 
-def _here(todo: list[Work], params: Params, launcher: str) -> dict[str, str]:
+def _here(todo: list[Work]) -> dict[str, str]:
+    """One after the other in this process; why those failed that did, by scan_id, as of the other two."""
     failed = {}
     for work in todo:
         try:
@@ -138,7 +144,7 @@ def _by_ray(todo: list[Work], params: Params, launcher: str) -> dict[str, str]:
     return failed
 
 
-def _by_slurm(todo: list[Work], params: Params, launcher: str) -> dict[str, str]:
+def _by_slurm(todo: list[Work], params: Params) -> dict[str, str]:
     """As arrays of jobs, a scan a task, one array at a time; scans that an earlier array is at are waited for."""
     settings, failed = params.resources.slurm, {}
     first = todo[0]

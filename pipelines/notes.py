@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from pipelines.bids_files import read_object
 
 
@@ -15,7 +15,7 @@ class Notes:
         self._together: dict[tuple, dict] = {}
 
     def add(self, kind: str, field: str, *, done: str, together: bool = False, **about: object) -> None:
-        """A conflict; with ``together``, scans of which the same is to be said share a row, which names the first."""
+        """Add a conflict; with ``together``, scans with the same conflict share a row, which names the first of them."""
         row = {"database": self.database.name, "kind": kind, "field": field, "done": done, "scans": int("scan" in about), "file": None, **about}
         if together:
             key = (kind, field, done, *(str(about.get(part)) for part in ("site", "expected", "found")))

@@ -1,13 +1,12 @@
 """Who was scanned where: ``participants.tsv``, and the catalogue's rule that gives a scan its site."""
 
-import csv
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.errors import InputError
+from data_registry.tsv import read_tsv
 
 
 class Participants:
@@ -17,14 +16,9 @@ class Participants:
         self.database, self.path, self.rows = database, root / "participants.tsv", defaultdict(list)
         self.header: list[str] = []
         if self.path.is_file():
-            try:
-                with open(self.path, encoding="utf-8-sig", newline="") as handle:
-                    reader = csv.DictReader(handle, delimiter="\t")
-                    self.header = reader.fieldnames = _named_once(reader.fieldnames or [])
-                    for row in reader:
-                        self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
-            except (OSError, UnicodeError, csv.Error) as error:
-                raise InputError(f"{self.path}: cannot be read ({error}); a table in UTF-8 with tabs is wanted") from None
+            self.header, rows = read_tsv(self.path)
+            for row in rows:
+                self.rows[(row.get("participant_id") or "").removeprefix("sub-")].append(row)
         column = database.site_rule.participants
         for needed in ("participant_id", column) if column else ():
             if needed not in self.header or f"{needed} (2)" in self.header:
@@ -54,16 +48,7 @@ class Participants:
         return values[0], None
 
     def family(self, subject: str) -> str | None:
-        """What relatives share, by the first row that states it, else null."""
+        """The name that relatives share, from the first row that states it; None if there is none."""
         column = (self.database.family_column or "").lower()
         stated = [(value or "").strip() for row in self.rows.get(subject, []) for key, value in row.items() if key and key.lower() == column]
         return next((f"{self.database.name}/{family}" for family in stated if family not in ("", "n/a")), None)
-
-
-def _named_once(header: Sequence[str]) -> list[str]:
-    """A second column of one name gets another, so that what it says is not taken for what the first says.
-
-    >>> _named_once(["participant_id", "age", "age"])
-    ['participant_id', 'age', 'age (2)']
-    """
-    return [name + f" ({number})" * (number > 1) for place, name in enumerate(header) for number in [header[: place + 1].count(name)]]

@@ -1,11 +1,10 @@
 """Who is who by what harmonising saw: the same voxels in other files, and heads that are alike. Part of the stage *split*.
 
-Same voxels are one person. Heads alike are one only if no stranger is expected to be so alike among all pairs, and something else agrees;
-every other suspicion goes to ``tables/people.tsv`` for somebody to look at; until then the two keep their names, and the split gives them one
-role (guard ``suspected``). An answer is a line for each of the two in a table of ``index.people``: the same name, or two different ones.
+Equal voxels mean one person. Similar heads do only if no pair of strangers is expected to be that similar, and something else agrees. Every
+other suspicion goes to ``tables/people.tsv`` for somebody to look at; until then the two keep their names, and the split gives them one role
+(guard ``suspected``). To answer, add a line for each of the two to a table of ``index.people``, with the same name or with two different ones.
 """
 
-import csv
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,26 +12,26 @@ from pathlib import Path
 
 import numpy as np
 
-from data_registry.catalogue import Database
-from data_registry.files import replacing
+from data_registry.catalogue_schema import Database
 from data_registry.likeness import STRANGERS, pairs_above, sure_above
 from data_registry.people import known_apart, merge_people, share_people
+from data_registry.tsv import write_tsv
 
 log = logging.getLogger("lodbrain.people")
 PEOPLE_TABLE = Path("tables/people.tsv")
 REVIEW = 0.70
 SAME = 0.85
-"""The least likeness that a person's scans are merged at; more is asked for where there are many pairs, see :func:`sure_above`."""
+"""The least likeness at which scans are merged; among many pairs more is wanted, see :func:`sure_above`."""
 MANY = 100  # scans, from which on a run's own strangers are measured
 YEARS = 3.0
 COLUMNS = ("verdict", "likeness", "why", "scan_a", "scan_b", "person_a", "person_b", "sex_a", "sex_b", "age_a", "age_b")
 
 
 def find_people(scans: list[dict], samples: list[dict], databases: Mapping[str, Database]) -> tuple[list[dict], dict]:
-    """Merge, in ``scans`` (rows of the scans table), people whom their ``samples`` (rows of the samples table) show to be one; those who may be
-    one get the same ``suspected``, all others None.
+    """Merge people in ``scans`` (rows of the scans table) whose ``samples`` (rows of the samples table) show that they are one. Those who may be
+    one get the same ``suspected``; for all others it is None.
 
-    Returns a finding for each pair of scans that was merged or is to be reviewed, the most alike first, and what was compared.
+    Returns a finding for each pair of scans that was merged or needs a review, the most similar first, and a summary of what was compared.
     """
     by_id = {scan["scan_id"]: scan for scan in scans}
     rows = [row for row in samples if row["scan_id"] in by_id]
@@ -83,11 +82,8 @@ def agreement(one: dict, two: dict, databases: Mapping[str, Database]) -> tuple[
 
 
 def write_findings(findings: list[dict]) -> None:
-    """``tables/people.tsv``, with a header alone where nothing was found; what was merged is said in the log, too."""
-    with replacing(PEOPLE_TABLE) as aside, open(aside, "w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, COLUMNS, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in finding.items()} for finding in findings)
+    """Write ``tables/people.tsv``, only a header if nothing was found; merged people are named in the log, too."""
+    write_tsv(PEOPLE_TABLE, COLUMNS, findings)
     for finding in findings:
         if finding["verdict"] == "merged":
             log.warning("%s and %s: taken as one person (%s)", finding["scan_a"], finding["scan_b"], finding["why"])

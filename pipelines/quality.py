@@ -19,7 +19,8 @@ from data_registry.files import replacing
 from data_registry.intensity import Intensity, Preparation, above_air
 from data_registry.ledgers import Withdrawn, withdrawn
 from data_registry.params import Resources, fingerprint, load_params
-from data_registry.quality import CLASSES, TISSUES, measure
+from data_registry.quality import measure
+from data_registry.quality_labels import CLASSES, TISSUES
 from data_registry.quality_rules import beside_site, judge, suspicion
 from data_registry.schema import read_table, table_metadata, write_table
 from data_registry.shard_store import ShardStore, open_store

@@ -13,8 +13,9 @@ from urllib.parse import quote
 import numpy as np
 
 from data_registry.files import replacing
-from data_registry.quality import CLASSES, class_of_id, filled
-from data_registry.quality_rules import TOLD
+from data_registry.quality_head import filled
+from data_registry.quality_labels import CLASSES, class_of_id
+from data_registry.quality_rules import FIGURE_NAMES
 
 SIDE = 144            # pixels of a slice
 OUTLINE = (255, 140, 0)
@@ -22,7 +23,7 @@ SHOWN = 100           # scans on the first page
 LEFT_OUT_SHOWN = 200
 BELOW_TOP = 0.27      # of the field of view, from the top of the head to the middle of the brain, where no labels tell
 FIGURES = ("snr_wm", "snr_gm", "cnr", "cjv", "unevenness", "snrd", "fber", "efc", "ghost_share")
-NAMES = TOLD | {"snr_gm": "signal to noise of grey matter", "efc": "entropy focus criterion", "ghost_share": "share of bright air"}
+NAMES = FIGURE_NAMES | {"snr_gm": "signal to noise of grey matter", "efc": "entropy focus criterion", "ghost_share": "share of bright air"}
 
 
 def thumbnail(t1w: np.ndarray, ids: np.ndarray | None, *, classes: str = CLASSES) -> bytes:

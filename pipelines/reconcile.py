@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from data_registry.catalogue import Database
+from data_registry.catalogue_schema import Database
 from data_registry.readings import canonical_licence, is_empty
 from pipelines.bids_files import T1w, read_object
 from pipelines.notes import Notes
@@ -16,7 +16,7 @@ from pipelines.reconcile_people import People
 from pipelines.reconcile_scanners import Scanners
 
 SHARE_OF_COUNT = 0.02
-"""Counts of scans and people may differ by so much of what is expected, rounded down: below 50 they must be equal."""
+"""Counts of scans and people may differ by this share of the expected count, rounded down; below 50 they must be equal."""
 
 
 class Reconciliation:
@@ -41,8 +41,8 @@ class Reconciliation:
         return self._notes.rows
 
     def sidecars(self, t1w: T1w) -> tuple[dict[str, dict], str | None]:
-        """What the sidecars of a scan say, by file, and why it is quarantined if its own cannot be read. One that it inherits and that cannot
-        be read is a conflict."""
+        """The fields of a scan's sidecars, by file, and why the scan is quarantined if its own sidecar cannot be read. An inherited one that
+        cannot be read is a conflict."""
         own, told = t1w.path.split(".nii")[0] + ".json", {}
         for name in t1w.sidecars:
             try:
@@ -57,16 +57,16 @@ class Reconciliation:
         return self._people.facts(row) | self._scanners.facts(row, sidecars)
 
     def given_label(self, row: dict, source: str) -> None:
-        """A label map that ``row``, of the scans table, does not get, as an earlier T1w of the subject has it."""
+        """Note a label map that ``row``, of the scans table, does not get because an earlier T1w of the subject has it."""
         self._notes.add("label of another scan", "labels", found=source, done="an earlier T1w of the subject has it alone", together=True,
                         **_of_scan(row))  # fmt: skip
 
     def same_file(self, row: dict, others: list[str]) -> None:
-        """Scans of other databases, by ``scan_id``, that are the same bytes."""
+        """Note scans of other databases, by ``scan_id``, whose files have the same bytes."""
         self._notes.add("same file elsewhere", "person", found=", ".join(others), done="one person in all of them", **_of_scan(row))
 
     def finish(self, rows: list[dict]) -> None:
-        """Compare what the whole database came to, its ``rows`` of the scans table, with the catalogue."""
+        """Compare the database as a whole, its ``rows`` of the scans table, with the catalogue."""
         self.rows, root = rows, self._notes.root
         for row in rows:
             about = _of_scan(row)

@@ -10,7 +10,7 @@ AGE_COLUMNS = ("age", "age_years", "age_in_years", "age_at_scan")
 SEX_COLUMNS = ("sex", "gender")
 SITE_COLUMNS = ("site", "site_id", "center", "centre", "center_id", "institution", "institution_id", "hospital")
 YEARS_OF_RANGE = 1.0
-"""Ages may lie so far outside a site's range, as published ones are rounded."""
+"""Ages may lie this far outside a site's range, as published ranges are rounded."""
 
 
 class People:
@@ -36,7 +36,7 @@ class People:
         return self._known[key]
 
     def _columns(self, names: tuple[str, ...]) -> list[str]:
-        """The columns of these names, the plainest first."""
+        """The columns with these names, in the order of ``names``."""
         return sorted((column for column in self.header if _plain(column) in names), key=lambda column: (names.index(_plain(column)), column))
 
     def _check_columns(self) -> None:
@@ -97,7 +97,7 @@ class People:
         }
 
     def _written(self, field: str, columns: list[str], rows: list[dict], about: dict) -> tuple[str | None, str | None]:
-        """The column that says it and what it says; columns or rows that do not agree say nothing."""
+        """The column that states the field, and its text there; (None, None) if columns or rows disagree."""
         said = [(column, row[column].strip()) for column in columns for row in rows if not is_empty(row.get(column))]
         read = read_age if field == "age_years" else functools.partial(read_sex, codes={})
         if len({read(text).value or text.casefold() for _, text in said}) > 1:  # 30 is 30.0, M is male

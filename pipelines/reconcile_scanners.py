@@ -1,22 +1,21 @@
-"""Maker, model and field strength: the sidecar's where it is clear, else the catalogue's; sidecars of one site beside each other."""
+"""Maker, model and field strength: the sidecar's value where it is clear, else the catalogue's; and whether the sidecars of one site agree."""
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 
-from data_registry.catalogue import MANUFACTURERS, Site, canonical_manufacturer
-from data_registry.readings import Reading, is_empty, read_field_strength
+from data_registry.catalogue_schema import Site
+from data_registry.readings import MANUFACTURERS, Reading, canonical_manufacturer, is_empty, letters_of, letters_of_model, read_field_strength
 from pipelines.notes import Notes
 
 MM = 0.05
-"""Voxel edges may differ by so much."""
+"""Voxel edges may differ by this much."""
 KEYS = {"manufacturer": "Manufacturer", "model": "ManufacturersModelName", "field_strength_tesla": "MagneticFieldStrength"}
 PARTING = ("InstitutionName", "DeviceSerialNumber")
 """Fields of a sidecar that have one value where there is one institution with one machine."""
 
 
 def merged(sidecars: Mapping[str, dict]) -> dict:
-    """What sidecars say together; the later goes first.
+    """The fields of several sidecars together; a later sidecar overrides an earlier one.
 
     >>> merged({"T1w.json": {"Manufacturer": "GE", "EchoTime": 3}, "sub-01/anat/sub-01_T1w.json": {"Manufacturer": "Philips"}})
     {'Manufacturer': 'Philips', 'EchoTime': 3}
@@ -35,7 +34,7 @@ class Scanners:
         """Scan → the sidecar nearest to it."""
 
     def facts(self, row: dict, sidecars: dict[str, dict]) -> dict:
-        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; what the nearest of its ``sidecars``, the last, says goes first."""
+        """``manufacturer``, ``model`` and ``field_strength_tesla`` of a scan; the nearest of its ``sidecars``, the last, counts most."""
         site, sidecar = self.database.sites.get(row["site"]), merged(sidecars)
         about = {"site": row["site"], "scan": row["scan_id"], "subject": row["subject"], "file": next(reversed(sidecars), row["t1w_path"])}
         values, self._told[row["scan_id"]] = {}, about["file"]
@@ -64,7 +63,7 @@ class Scanners:
         return told
 
     def _check_inherited(self, field: str, written: object, sidecars: dict[str, dict], about: dict) -> None:
-        """A sidecar that says otherwise of a scan than one that lies nearer; by BIDS's inheritance the nearer goes first."""
+        """Note a sidecar that contradicts a nearer one of the scan; by BIDS's inheritance the nearer one counts."""
         for name, content in sidecars.items():
             value = content.get(KEYS[field])
             if value not in (None, written):
@@ -81,7 +80,7 @@ class Scanners:
                 return
 
     def finish(self) -> None:
-        """Say where the scans of one site are not of one scanner or one institution."""
+        """Note the sites whose scans come from several scanners or institutions."""
         for (site, field), values in sorted(self._seen.items()):
             kind, done = "contradicting sidecars", "each scan keeps its own"
             if field in PARTING:
@@ -97,14 +96,14 @@ class Scanners:
 
 
 def _read(field: str, written: object, expected: object) -> Reading:
-    """Of a sidecar's field; a model that the catalogue writes otherwise is written as there."""
+    """Read a sidecar's field; a model gets the catalogue's spelling."""
     if is_empty(written):
         return Reading(None)
     if field == "field_strength_tesla":
         return read_field_strength(written)
     text = " ".join(str(written).split())
     if field == "model":
-        same = isinstance(expected, str) and _letters(expected) == _letters(text)
+        same = isinstance(expected, str) and letters_of_model(expected) == letters_of_model(text)
         return Reading(expected, "spelling", f"{expected} taken, as in the catalogue") if same and text != expected else Reading(text)
     value = canonical_manufacturer(text)
     if value not in MANUFACTURERS:
@@ -112,19 +111,10 @@ def _read(field: str, written: object, expected: object) -> Reading:
     return Reading(value) if value == written else Reading(value, "spelling", f"{value} taken")
 
 
-def _letters(model: str) -> str:
-    """Without the maker's own word for all of a family, and without blanks.
-
-    >>> _letters("MAGNETOM Trio_Tim"), _letters("DISCOVERY MR750"), _letters("Discovery")
-    ('triotim', 'mr750', 'discovery')
-    """
-    return re.sub(r"(magnetom|discovery)(?=[\W_]*[^\W_])|[\W_]", "", model.casefold())
-
-
 def _spelled_alike(values: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Names that differ in case, blanks and punctuation alone are one, written as the first."""
+    """Merge names that differ only in case, accents, blanks and punctuation; the first spelling is kept."""
     first: dict[str, str] = {}
     merged: dict[str, list[str]] = defaultdict(list)
     for name, scans in values.items():
-        merged[first.setdefault(re.sub(r"[\W_]", "", name.casefold()), name)] += scans
+        merged[first.setdefault(letters_of(name), name)] += scans
     return merged

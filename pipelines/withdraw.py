@@ -34,7 +34,8 @@ from data_registry.split import data_hash
 from pipelines.attempts import clean
 from pipelines.fetch_people import cells_of
 from pipelines.harmonise import SAMPLES_TABLE, collect, plan_shards, shard_columns
-from pipelines.index import HASH_CACHE, SCANS_TABLE, find_databases
+from pipelines.hashes import forget_hashes
+from pipelines.index import SCANS_TABLE, find_databases
 from pipelines.quality import PAGES, forget
 from pipelines.split import SPLIT_TABLE
 from pipelines.withdraw_reach import Gone, left_elsewhere, same_people
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool = False) -> None:
-    """The tombstone, the removal, and the list of what is elsewhere, on stdout. No ``subjects``: all of the database."""
+    """Write the tombstones, remove the data, and print what is left elsewhere. No ``subjects``: the whole database."""
     params = load_params()
     scans = read_table(SCANS_TABLE, "scans").to_pylist() if SCANS_TABLE.is_file() else []
     _refuse_unknown(database, subjects, scans, params)
@@ -89,7 +90,7 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
 
 
 def _refuse_unknown(database: str, subjects: list[str], scans: list[dict], params: Params) -> None:
-    """A name that neither the tables, the roots, the catalogue nor an earlier withdrawal know is a slip of the pen."""
+    """Raise :class:`InputError` for a name that neither tables, roots, catalogue nor an earlier withdrawal know: it is a typing error."""
     here, buried = {row["database"] for row in scans}, withdrawn()
     roots = _roots(params)
     if database not in here | set(roots) | set(catalogue()) | {stone.database for stone in buried.tombstones}:
@@ -123,7 +124,7 @@ def _roots(params: Params) -> dict[str, Path]:
 
 
 def _affected(store: ShardStore, own: list[dict], these: Withdrawn, settings: Harmonise) -> tuple[str, ...]:
-    """Shards that hold these scans, or may: those that say so, those that should, and those of the database that are not complete."""
+    """Shards that hold these scans, or may: those that list them, those that should, and incomplete ones of the database."""
     databases = {stone.database for stone in these.tombstones}
     wanted = {item["shard"] for item in plan_shards([row for row in own if row["reason"] is None], settings)}
     found = []
@@ -153,7 +154,7 @@ def _removed(found: Gone, gone: Withdrawn, store: ShardStore, scans: list[dict],
     if copies := _drop_copies(Path(params.resources.cache_folder), gone):
         yield f"{copies} copies of shards in {params.resources.cache_folder}"
     clean()
-    _forget_hashes(found.scans)
+    forget_hashes(found.scans)
     for path, number in _clear_tables(SCANS_TABLE.parent, gone, [row["scan_id"] for row in found.scans]):
         yield f"{path}: {f'{number} rows' if number else 'the file, which its stage makes again'}"
     if looks := forget(gone):
@@ -177,7 +178,7 @@ def _removed(found: Gone, gone: Withdrawn, store: ShardStore, scans: list[dict],
 
 
 def _clear_shards(affected: tuple[str, ...], store: ShardStore, scans: list[dict], gone: Withdrawn, settings: Harmonise) -> tuple[list, list]:
-    """(shards that were written again, shards that were deleted); those that hold nobody who is withdrawn any more count as written."""
+    """(shards that were written again, shards that were deleted); those that no longer hold anybody withdrawn count as written."""
     usable = [row for row in scans if row["reason"] is None]
     before = {item["shard"]: item["recipe"] for item in plan_shards(usable, settings)}
     after = {item["shard"]: item for item in plan_shards([row for row in usable if not gone.has(row["database"], row["subject"])], settings)}
@@ -223,21 +224,8 @@ def _drop_copies(folder: Path, gone: Withdrawn) -> int:
     return number
 
 
-def _forget_hashes(own: tuple[dict, ...]) -> None:
-    """Take their files out of index's cache of hashes."""
-    digests = {row["t1w_sha256"] for row in own} | {label["sha256"] for row in own for label in row["labels"]}
-    try:
-        table = pq.read_table(HASH_CACHE)
-    except (OSError, pa.ArrowInvalid):  # none, or damaged: it is a cache
-        HASH_CACHE.unlink(missing_ok=True)
-        return
-    kept = table.filter(pc.invert(pc.is_in(table["sha256"], pa.array(sorted(filter(None, digests)), pa.string()))))
-    with replacing(HASH_CACHE) as aside:
-        pq.write_table(kept, aside)
-
-
 def _clear_tables(folder: Path, gone: Withdrawn, scan_ids: list[str]) -> Iterator[tuple[Path, int]]:
-    """Rows of every other table that name them, arrays of pictures, text: (file, rows; 0: all of it). The frozen split stays."""
+    """Remove their rows of all other tables, arrays for pictures and text; yields (file, rows; 0: all of it). The frozen split stays."""
     for path in sorted(folder.glob("*.parquet")):
         if path in (SAMPLES_TABLE, SCANS_TABLE) or path.name in FROZEN:
             continue

@@ -1,11 +1,9 @@
 """What of a withdrawn person or database is left where no command of this project reaches, each with what purges it.
 
-Nothing here changes anything. Weights are told by what they say of themselves: a fold's ``seen.tsv`` names its scans; other files name
-databases, so they *may* have seen a person. What cannot be looked into is named all the same.
+Nothing here changes anything. Weights are recognised by what they record: a fold's ``seen.tsv`` names its scans; other files name only
+databases, so they *may* have seen a person. Places that cannot be looked into are named all the same.
 """
 
-import configparser
-import csv
 import json
 import os
 import re
@@ -22,13 +20,13 @@ from data_registry.errors import InputError
 from data_registry.ledgers import Withdrawn, read_rows
 from data_registry.params import Params
 from data_registry.schema import read_table
-from data_registry.shards import read_metadata
 from pipelines.fetch_joined import as_named_in
 from pipelines.fetch_people import cells_of
 from pipelines.fetch_transfer import ASIDE, LEDGER
 from pipelines.index import find_databases, labels_folder
 from pipelines.people import PEOPLE_TABLE
 from pipelines.split import SPLIT_TABLE
+from pipelines.withdraw_dvc import in_dvc
 
 PASSED_OVER = {".git", ".dvc", ".venv", "shards", "cache", "mlflow", "__pycache__"}
 WEIGHTS = (".pt", ".ckpt", ".safetensors", ".onnx")
@@ -57,13 +55,13 @@ class Gone:
 
 def left_elsewhere(gone: Gone, params: Params) -> Iterator[str]:
     """Headings and lines, for a person to read and to act on."""
-    weights, hashes = _weights(gone)
+    (weights, hashes), dvc = _weights(gone), list(in_dvc(gone.database, gone.these))
     sections = {
         "The same person in another database, or under another name, not withdrawn by this": list(gone.same_people),
         "Raw files, and labels made of them; index passes over both": _raw_files(gone, params),
         "Weights that saw them; delete these first, with every copy that was given on: `dvc repro` then trains anew without": weights,
         "Runs in MLflow, whose reports hold pictures and scores": _mlflow(params, hashes | {gone.data_hash} - {None}),
-        "DVC's cache and remotes, once `dvc repro` has noted what is left; `dvc checkout` of an old dvc.lock brings them back": list(_dvc(gone)),
+        "DVC's cache and remotes, once `dvc repro` has noted what is left; `dvc checkout` of an old dvc.lock brings them back": dvc,
         "The object store of shards, and other machines' copies of them": list(_object_store(gone, params)),
         "Other projects below this one": _projects(gone),
         "Out of sight of this command": list(_out_of_sight(gone)),
@@ -159,8 +157,7 @@ def _weights(gone: Gone) -> tuple[list[str], frozenset[str]]:
     lines, hashes = [], set()
     for folder, _, files in _walked():
         if "seen.tsv" in files:
-            with open(folder / "seen.tsv", encoding="utf-8", newline="") as handle:
-                seen = [row for row in csv.DictReader(handle, delimiter="\t") if gone.these.has_scan(row["scan_id"])]
+            seen = [row for row in read_rows(folder / "seen.tsv", ("scan_id", "role")) if gone.these.has_scan(row["scan_id"])]
             if seen:
                 roles = ", ".join(f"{sum(row['role'] == role for row in seen)} scans for {role}" for role in ("train", "val"))
                 lines.append(f"{folder} saw {roles}: rm -r {shlex.quote(str(folder))}")
@@ -224,65 +221,6 @@ def _mlflow(params: Params, hashes: frozenset[str] | set[str]) -> list[str]:
         else:
             lines += done.stdout.splitlines()
     return lines
-
-
-def _dvc(gone: Gone) -> Iterator[str]:
-    """Shards in the cache, by the lists of folders that stand there, whatever version; then what removes all that is not in use."""
-    home = next((folder / ".dvc" for folder in (Path().absolute(), *Path().absolute().parents) if (folder / ".dvc").is_dir()), None)
-    if home is None:
-        return
-    cache, remotes = _dvc_places(home)
-    objects = sorted(_objects(cache, gone)) if cache.is_dir() else []
-    where = {"the cache": (str(cache), None), **{f"remote {name}": place for name, place in remotes.items()}}
-    for name, (url, endpoint) in where.items():
-        for md5 in objects:
-            path = f"{url}/files/md5/{md5[:2]}/{md5[2:]}"
-            if "://" not in url:
-                if Path(path).exists():
-                    yield f"{name}: rm -f {shlex.quote(path)}"
-            elif url.startswith("s3://"):
-                yield f"{name}: aws s3 rm {shlex.quote(path)}{f' --endpoint-url {endpoint}' if endpoint else ''}"
-            else:
-                yield f"{name}: delete {path}"
-    yield "tables, reports, pictures, checkpoints and shards that were listed nowhere, once `dvc repro` has run: dvc gc --workspace --force"
-    for name in remotes:
-        yield f"  and in {name}: dvc gc --workspace --cloud --remote {shlex.quote(name)} --force (with versions kept there: delete those too)"
-    yield f"  both keep this workspace's alone; where others share {cache} or a remote, add --projects with the folder of each"
-
-
-def _dvc_places(home: Path) -> tuple[Path, dict[str, tuple[str, str | None]]]:
-    """The cache's folder, and each remote's URL or folder with its server's, from DVC's own settings, the more local ones before the others."""
-    cache, remotes = home / "cache", {}
-    user = Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "dvc"
-    for path in (Path("/etc/xdg/dvc/config"), user / "config", home / "config", home / "config.local"):
-        settings = configparser.ConfigParser(interpolation=None, strict=False)
-        try:
-            settings.read(path, encoding="utf-8")
-        except (configparser.Error, UnicodeDecodeError):
-            continue
-        for name in settings.sections():
-            if name == "cache" and "dir" in settings[name]:
-                cache = Path(os.path.normpath(path.parent / settings[name]["dir"]))
-            elif (match := re.fullmatch(r"""'?remote ["'](.+?)["']'?""", name)) and "url" in settings[name]:
-                url = settings[name]["url"].rstrip("/")
-                remotes[match[1]] = url if "://" in url else os.path.normpath(path.parent / url), settings[name].get("endpointurl")
-    return cache, remotes
-
-
-def _objects(cache: Path, gone: Gone) -> set[str]:
-    """MD5 of every object that is, or may be, a shard with them in it."""
-    site = re.compile(rf"(.*/)?grid=[^/]+/site={re.escape(gone.database)}\.[^/]+/[^/]+\.parquet")
-    found = set()
-    for listing in cache.glob("files/md5/??/*.dir"):
-        try:
-            entries = [entry["md5"] for entry in json.loads(listing.read_text(encoding="utf-8")) if site.fullmatch(entry["relpath"])]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        for md5 in entries:
-            notes = read_metadata(cache / "files/md5" / md5[:2] / md5[2:])
-            if notes is None or any(gone.these.has_scan(row["scan_id"]) for row in notes.get("samples", ())):
-                found.add(md5)
-    return found
 
 
 def _object_store(gone: Gone, params: Params) -> Iterator[str]:

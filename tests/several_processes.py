@@ -21,7 +21,7 @@ from data_registry.errors import run_stage
 from data_registry.intensity import ROBUST
 from data_registry.params import Params
 from data_registry.shards import block_counts
-from lod_model import checkpoints, processes
+from lod_model import begin, checkpoints, processes, runs
 from lod_model import train as stage
 from lod_model.data import Scan
 from lod_model.module import StageModule
@@ -68,7 +68,7 @@ def params(**settings) -> Params:
 
 def trained(settings: dict, *, network: str = "lod_brain", train: int = 7, val: int = 3) -> None:
     """Train on made-up heads in the current folder, writing what each pass was given into ``seen-<rank>``."""
-    stage.tracking_tags = lambda: {"split_hash": "s", "data_hash": "d"}
+    runs.tracking_tags = stage.tracking_tags = begin.tracking_tags = lambda: {"split_hash": "s", "data_hash": "d"}
     stage.preparation = lambda *_, **__: ROBUST
     stage.train(network, params(**settings), {0: {"train": heads(train), "val": heads(val, 50)}})
 

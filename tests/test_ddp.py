@@ -17,8 +17,8 @@ from several_processes import Full, Poison, Signals, on, told
 from lod_model import checkpoints, networks, preempt, weights
 from lod_model.data import EpochOrder
 from lod_model.module import compile_passes
+from lod_model.runs import fold_folder
 from lod_model.shares import Shares, WholeBatches
-from lod_model.train import fold_folder
 
 FOLD = fold_folder("lod_brain-base-0", 0)
 

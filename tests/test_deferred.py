@@ -16,13 +16,13 @@ from data_registry.protocol import IGNORED, load
 from data_registry.shards import block_counts, pooled
 from lod_model import networks, warp
 from lod_model.augment import PRESETS
+from lod_model.begin import check_fits
 from lod_model.crops import CropDataset
 from lod_model.data import COARSE_FACTOR, SampleDataset, Scan, Windows
 from lod_model.deferred import KEY, collated, finished
 from lod_model.feeding import Feeding, augments_on_device
 from lod_model.module import MODULES
 from lod_model.randomness import Fields
-from lod_model.train import _check_fits
 
 SHAPE = (24, 28, 20)
 LEVELS = {
@@ -170,7 +170,7 @@ def test_slices_are_augmented_by_workers():
     for settings in (Train(augment_on="auto"), Train()):
         assert not augments_on_device("fastsurfer_vinn", recipe, settings)
     with pytest.raises(InputError, match="train.augment_on is device: network fastsurfer_vinn is trained on slices"):
-        _check_fits("fastsurfer_vinn", None, Params(index={"roots": ("data",)}, train=Train(augment_on="device")))
+        check_fits("fastsurfer_vinn", None, Params(index={"roots": ("data",)}, train=Train(augment_on="device")))
     assert augments_on_device("lod_brain", networks.recipe_of("lod_brain"), Train(augment_on="device"))
     assert not augments_on_device("lod_brain", networks.recipe_of("lod_brain"), Train(augment_on="device", augmentation="none"))
     assert "augment_on" not in Train().model_dump(mode="json") and Train(augment_on="device").model_dump()["augment_on"] == "device"

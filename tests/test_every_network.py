@@ -16,9 +16,11 @@ from data_registry.params import load_params
 from data_registry.schema import read_table
 from data_registry.volume import load_labels, save_volume
 from lod_model import evaluate, weights
+from lod_model.begin import grown
 from lod_model.cli import app
 from lod_model.data import all_folds
-from lod_model.train import _grown, fold_folder, train
+from lod_model.runs import fold_folder
+from lod_model.train import train
 
 PARAMS = """
 networks: [lod_brain, unet, neuronet, fastsurfer_cnn, fastsurfer_vinn, "monai:SegResNet"]
@@ -173,7 +175,7 @@ def test_outputs_stand_in_the_order_of_the_protocols(project, monkeypatch):
     monkeypatch.chdir(project)
     params = load_params()
     own = {"neuronet": {**params.train.network_of("neuronet"), "protocols": {"fsl_fast": 4, "lod7": 7}}}
-    net = _grown("neuronet", "fine", None, params.model_copy(update={"train": params.train.model_copy(update={"network": own})}))
+    net = grown("neuronet", "fine", None, params.model_copy(update={"train": params.train.model_copy(update={"network": own})}))
     assert list(net.config.protocols) == ["lod7", "fsl_fast"]
 
 

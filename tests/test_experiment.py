@@ -14,9 +14,9 @@ from data_registry.experiment import Experiment, Table, arm_params, load_experim
 from data_registry.files import sha256
 from data_registry.schema import read_table, write_table
 from lod_model import experiment_table, networks
+from lod_model.begin import check_fits, grown
 from lod_model.experiment_table import cells, compared, load_plan, numbers
 from lod_model.feeding import Feeding
-from lod_model.train import _check_fits, _grown
 from pipelines.experiment import _shards
 
 PRESETS = sorted(path for path in (CHECKOUT / "params").glob("*.yaml") if "arms" in (text := path.read_text()) and "\nsource:" in text)
@@ -144,7 +144,7 @@ def test_every_preset_holds(path, smoke):
     assert len({params.model_dump_json() for params in arms.values()}) == len(arms)
     for params in arms.values():
         (name,) = params.networks
-        _check_fits(name, _grown(name, "fine", None, params), params)
+        check_fits(name, grown(name, "fine", None, params), params)
         assert set(networks.outputs(name, params.train.protocols)) <= {*params.harmonise.stored_protocols}
     published = experiment_table.read_published(str(path.parent / found.table.published) if found.table.published else "")
     assert {arm for _, arm in published} <= set(found.arms) | set(found.table.join)
@@ -164,10 +164,10 @@ def test_a_network_trains_by_anothers_recipe():
     fed = Feeding("fastsurfer_cnn", None, "fine", params.train)
     assert (fed.recipe.optimiser, fed.recipe.weight_decay, fed.recipe.schedule, fed.recipe.inner_scale) == ("adamw", 1e-4, "warm_restarts", 0)
     full = arm_params(path, load_experiment(path), smoke=False, given=given(Path("data")))["cnn"]
-    assert _grown("fastsurfer_cnn", "fine", None, full).config.kernels == (3, 3, 3, 3)
+    assert grown("fastsurfer_cnn", "fine", None, full).config.kernels == (3, 3, 3, 3)
     wrong = params.model_copy(update={"train": params.train.model_copy(update={"recipe": "vinn"})})
     with pytest.raises(InputError, match="train.recipe: 'vinn' is none; shared, own or one of fastsurfer_cnn"):
-        _check_fits("fastsurfer_cnn", None, wrong)
+        check_fits("fastsurfer_cnn", None, wrong)
 
 
 def scores(*rows: tuple) -> pd.DataFrame:

@@ -1,11 +1,7 @@
-"""Fetching from a real S3 server and from HTTP on loopback: cut midway, changed meanwhile, damaged, refused; then the same command goes on."""
+"""Fetching from a real S3 server and from HTTP on loopback: cut midway, changed meanwhile, damaged; then the same command goes on."""
 
-import csv
-import gzip
 import hashlib
-import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -20,105 +16,33 @@ from pathlib import Path
 
 import boto3
 import pytest
+import small_route
 from loopback_http import CuttingProxy, folder_server
 from loopback_s3 import BUCKET, s3_server
+from small_route import NAME, NETWORK, T1W, UNWANTED, WANTED, database, get, known, ledger, manifest, scan, there, write
 
-from data_registry.catalogue import Database, Site, SiteRule, catalogue, find_database
-from data_registry.catalogue_schema import LabelSource
+from data_registry.catalogue_schema import Site
 from data_registry.errors import InputError
 from data_registry.label_sources import find_labels
 from pipelines import fetch as fetching
-from pipelines import fetch_routes, fetch_terms, fetch_transfer
-from pipelines import index as indexing
+from pipelines import fetch_terms, fetch_transfer
 from pipelines.fetch import Choice, Network, fetch
 from pipelines.fetch_choice import find_files, find_parts
-from pipelines.fetch_routes import Changed, open_route
+from pipelines.fetch_routes import Changed
+from pipelines.fetch_sources import open_route
 from pipelines.index import index
 
 CHECKOUT = Path(__file__).parents[1]
-NETWORK = Network(workers=2, tries=1, timeout_s=10)
-NAME = "small"
-SITES = {"Ash": "ash", "Oak": "oak"}
-T1W = "sub-01/anat/sub-01_T1w.nii.gz"
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path, monkeypatch):
-    """An empty project, a catalogue with a database of two sites, small pieces and short waits."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(fetch_routes, "CHUNK_BYTES", 2**16)
-    monkeypatch.setattr(fetch_routes, "BACKOFF_S", 0.01)
-    known(monkeypatch)
-    return folder
-
-
-def known(monkeypatch, **fields) -> None:
-    """The catalogue has the database, as these fields say."""
-    found = database(**fields)
-    for user in (fetching, indexing):
-        monkeypatch.setattr(user, "find_database", lambda name: found if name == NAME else find_database(name))
-
-
-def database(**fields) -> Database:
-    sites = {site: Site(place=place) for site, place in SITES.items()}
-    given = {"licence": "CC0", "access": "open", "site_rule": SiteRule(participants="site"), "source": "made for tests", "sites": sites} | fields
-    return Database(name=NAME, title=NAME, **given)
-
-
-def scan(seed: int, size: int = 200_000) -> bytes:
-    """Begins as gzip does."""
-    return gzip.compress(random.Random(seed).randbytes(size), 0, mtime=0)
-
-
-def write(root: Path, files: dict[str, bytes]) -> Path:
-    for path, content in files.items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_bytes(content)
-    return root
-
-
-WANTED = {
-    "dataset_description.json": b'{"Name": "small"}', "README": b"read me", "T1w.json": b'{"MagneticFieldStrength": 3}',
-    "participants.tsv": "participant_id\tsite\tname\nsub-01\tAsh\tÄ\nsub-02\tOak\tB\nsub-03\tOak\tC\n".encode(),
-    T1W: scan(1, 900_000), "sub-01/anat/sub-01_T1w.json": b"{}", "sub-02/anat/sub-02_T1w.nii.gz": scan(2),
-    "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz": scan(3), "sub-02/anat/sub-02_acq-100% #ä+&?[x]_T1w.nii.gz": scan(14),
-    "derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz": scan(4), "derivatives/hand/sub-02/anat/sub-02_desc-a_dseg.nii.gz": scan(5),
-    "derivatives/freesurfer/sub-03_ses-1/mri/aseg.mgz": scan(6),
-}  # fmt: skip
-UNWANTED = {
-    "sub-01/func/sub-01_task-rest_bold.nii.gz": scan(7), "sub-01/anat/sub-01_T2w.nii.gz": scan(8),
-    "derivatives/freesurfer/sub-01/mri/T1.mgz": scan(9),
-    "derivatives/freesurfer/fsaverage/mri/aseg.mgz": scan(10), "sub-01/anat/sub-01_T1w.nii.gz.bak": b"x", "code/run.sh": b"x",
-}  # fmt: skip
+    return small_route.project(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def mirror(tmp_path) -> Path:
     return write(tmp_path / "mirror", WANTED | UNWANTED)
-
-
-def get(route: str | Path, **settings) -> dict[str, str]:
-    return fetch(NAME, route=str(route), accepted="CC0", **{"network": NETWORK} | settings)
-
-
-def there(root: Path = Path("data", NAME)) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != "fetched.tsv"}
-
-
-def ledger() -> dict[str, dict]:
-    with open(Path("data", NAME, "fetched.tsv"), encoding="utf-8", newline="") as handle:
-        return {row["path"]: row for row in csv.DictReader(handle, delimiter="\t")}
-
-
-def manifest(folder: Path, *, odd: str = "", **changed: str) -> None:
-    """Write ``manifest.tsv`` of a folder; ``odd`` is a line more, ``changed`` the checksums of files by name."""
-    lines = [
-        f"{path.relative_to(folder)}\t{path.stat().st_size}\t{changed.get(path.name.split('.')[0]) or hashlib.sha256(path.read_bytes()).hexdigest()}"
-        for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.tsv"
-    ]  # fmt: skip
-    (folder / "manifest.tsv").write_text("\n".join(["path\tsize\tsha256", *lines, odd]), encoding="utf-8")
 
 
 # From a bucket
@@ -324,95 +248,6 @@ def test_a_link_of_git_annex_without_its_content_is_named(mirror):
     assert get(mirror) == {T1W: "a git-annex link without its content; `datalad get` there is wanted"}
 
 
-def test_folders_of_sites_become_one_database(tmp_path):
-    """As FCP-INDI's releases are: a BIDS database a site, whose name is its folder's alone."""
-    for folder, subject, tesla in (("Site-ASH", "01", 1.5), ("oak", "02", 3.0)):
-        write(tmp_path / "release" / folder, {
-            f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz": scan(int(subject)), "T1w.json": json.dumps({"MagneticFieldStrength": tesla}).encode(),
-            "participants.tsv": f"participant_id\tage\nsub-{subject}\t30\n".encode(),
-        })  # fmt: skip
-    assert get(tmp_path / "release", choice=Choice(sites=["Oak"])) == {} and not Path("data/small/sub-01").exists()
-    assert get(f"file://{tmp_path}/release") == {}
-    columns = ("subject", "site", "age_years", "field_strength_tesla")
-    assert [tuple(map(row.get, columns)) for row in index([Path("data/small")])] == [("01", "Ash", 30, 1.5), ("02", "Oak", 30, 3)]
-    write(tmp_path / "release/oak", {T1W: scan(15)})
-    with pytest.raises(InputError, match="sub-01 stands in Site-ASH and in oak"):
-        get(tmp_path / "release")
-
-
-def test_the_release_of_abide_as_its_bucket_has_it(tmp_path, monkeypatch):
-    """A site in two folders, ids without their zeros and no column of sites in the tables, JSON files of all people in a folder beside."""
-    release = tmp_path / "release"
-    for folder, subject in (("Ash_a", "0050642"), ("Ash_b", "0050643"), ("Oak", "0050700")):
-        write(release / folder, {
-            f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz": scan(int(subject)), "dataset_description.json": b"{}",
-            "participants.tsv": f"age_at_scan\tparticipant_id\n{subject[-2:]}\t{int(subject)}\n".encode(),
-        })  # fmt: skip
-        write(release / f"sidecards/sub-{subject}/ses-x/anat", {f"sub-{subject}_ses-x_T1w.json": b"{}"})
-    sites = {"Ash": Site(place="ash", folders=["Ash_a", "ASH_B"]), "Oak": Site(place="oak")}
-    known(monkeypatch, sites=sites)
-    get(release, choice=Choice(sites=["Ash"]))
-    assert sorted(path for path in there() if path.startswith("sub-")) == [f"sub-{one}/anat/sub-{one}_T1w.nii.gz" for one in ("0050642", "0050643")]
-    get(release)
-    rows = [(row["subject"], row["site"], row["age_years"], row["reason"]) for row in index([Path("data/small")])]
-    assert rows == [("0050642", "Ash", 42, None), ("0050643", "Ash", 43, None), ("0050700", "Oak", 0, None)]
-    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t0050643\t\t\n")
-    get(release)
-    assert [path for path, content in there().items() if path.endswith("participants.tsv") and b"50643" in content] == []
-    before = Path("data/small/fetched.tsv").read_bytes()
-    assert get(release) == {} and Path("data/small/fetched.tsv").read_bytes() == before
-
-
-def test_labels_that_stand_elsewhere_come_too(tmp_path, mirror, monkeypatch):
-    """As ABIDE's FreeSurfer outputs do; asked for where the images come from the catalogue's own route."""
-    shutil.rmtree(mirror / "derivatives")
-    maps = {f"{folder}/mri/{name}": scan(number) for number, (folder, name) in enumerate([
-        ("Ash_a_01", "aparc+aseg.mgz"), ("Ash_a_01", "T1.mgz"), ("Oak_02", "aseg.mgz"), ("fsaverage", "aseg.mgz"), ("Oak_77", "aseg.mgz"),
-    ])}  # fmt: skip
-    elsewhere = write(tmp_path / "outputs", maps)
-    labels = LabelSource(source="FreeSurfer", version="5.1", route=str(elsewhere), subject=r".+_(\d\d)")
-    known(monkeypatch, labels=labels)
-    assert get(mirror) == {} and not [path for path in there() if path.startswith("derivatives")]
-    monkeypatch.setattr(fetch_terms, "addresses", lambda _: [str(mirror)])
-    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t02\t\t\n")
-    assert get(mirror) == {}
-    came = {path: content for path, content in there().items() if path.startswith("derivatives")}
-    assert came == {"derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz": maps["Ash_a_01/mri/aparc+aseg.mgz"]}
-    assert ledger()["derivatives/freesurfer/sub-01/mri/aparc+aseg.mgz"]["route"] == str(elsewhere)
-    before = Path("data/small/fetched.tsv").read_bytes()
-    assert get(mirror) == {} and Path("data/small/fetched.tsv").read_bytes() == before
-    write(elsewhere, {"Ash_b_01/mri/aseg.mgz": scan(1)})
-    with pytest.raises(InputError, match="Ash_a_01 and Ash_b_01 are both of sub-01"):
-        get(mirror)
-    known(monkeypatch, labels=labels.model_copy(update={"subject": "(x)"}))
-    with pytest.raises(InputError, match=r"outputs: none of its 5 folders is, by labels.subject '\(x\)', of the 2 subjects chosen"):
-        get(mirror)
-
-
-def test_sites_and_subjects_are_chosen_before_anything_comes(mirror, monkeypatch):
-    def subjects(**choice) -> set[str]:
-        shutil.rmtree("data", ignore_errors=True)
-        get(mirror, choice=Choice(labels=False, **choice))
-        return {path.split("/")[0].removeprefix("sub-") for path in there() if path.startswith("sub-")}
-
-    assert subjects(sites=["Oak"]) == {"02", "03"} and subjects(subjects=["02"]) == {"02"}
-    with pytest.raises(InputError, match="--site Elm: small has no such site; one of Ash, Oak is wanted"):
-        subjects(sites=["Elm"])
-    with pytest.raises(InputError, match="--subject 09: is not among the 3 at .*; one as 01 is wanted"):
-        subjects(subjects=["sub-09"])
-    Path("withdrawn.tsv").write_text(f"database\tsubject\tdate\treason\n{NAME}\t01\t2026-01-31\tasked for it\n")
-    with pytest.raises(InputError, match="; one as 02 is wanted"):
-        subjects(subjects=["sub-09"])
-    Path("withdrawn.tsv").unlink()
-    known(monkeypatch, site_rule=SiteRule(sidecar="StationName"))
-    with pytest.raises(InputError, match="tells a site from 'StationName' of the sidecar"):
-        subjects(sites=["Oak"])
-    (mirror / "participants.tsv").unlink()
-    known(monkeypatch)
-    with pytest.raises(InputError, match="--site: small takes its sites from column 'site' of participants.tsv, which is not at"):
-        subjects(sites=["Oak"])
-
-
 def test_a_dry_run_counts_and_writes_nothing(mirror, capsys):
     fetch(NAME, route=str(mirror), dry_run=True)  # no licence is wanted to look
     total = f"{len(WANTED)} files, {sum(map(len, WANTED.values())) / 1e9:.3f} GB"
@@ -498,98 +333,3 @@ def test_ctrl_c_leaves_nothing_half_written(mirror, project):
         assert done < set(WANTED) and T1W not in done
         web.wait_s = 0
         assert fetch("ibsr2", route=web.url, network=NETWORK) == {} and there(Path("data/ibsr2")) == WANTED
-
-
-# Terms
-
-
-def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
-    known(monkeypatch, licence="OASIS terms")
-    with pytest.raises(InputError, match="^small: its licence is 'OASIS terms'; read it, then --accept-licence 'OASIS terms' is wanted, once"):
-        fetch(NAME, route=str(mirror))
-    with pytest.raises(InputError, match="^--accept-licence 'oasis terms': of small, its licence is 'OASIS terms'"):
-        fetch(NAME, route=str(mirror), accepted="oasis terms")
-    assert not any(Path().iterdir())
-    fetch(NAME, route=str(mirror), accepted="OASIS terms")
-    accepted = fetch_terms.LICENCES.read_text()
-    assert accepted.splitlines()[0] == "date\tuser\tdatabase\tlicence\troute"
-    assert accepted.splitlines()[1].split("\t")[2:] == [NAME, "OASIS terms", str(mirror)]
-    fetch(NAME, route=str(mirror))
-    fetch(NAME, route=str(mirror), accepted="OASIS terms")
-    assert fetch_terms.LICENCES.read_text() == accepted
-    known(monkeypatch, licence="OASIS terms of 2030")  # other terms
-    with pytest.raises(InputError, match="OASIS terms of 2030"):
-        fetch(NAME, route=str(mirror))
-    fetch_terms.LICENCES.write_text(accepted.rstrip("\n"))
-    fetch(NAME, route=str(mirror), accepted="OASIS terms of 2030")
-    assert [line.split("\t")[3] for line in fetch_terms.LICENCES.read_text().splitlines()] == ["licence", "OASIS terms", "OASIS terms of 2030"]
-
-
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"licence": None}, "its licence is not known; read it, then --accept-licence unknown is"),
-    ({"unverified": ["licence"]}, "not verified: 'CC0' stands in the catalogue, and no document confirms it; read it, then .* unknown is"),
-])  # fmt: skip
-def test_a_licence_that_no_document_states_is_accepted_as_unknown(mirror, monkeypatch, fields, said):
-    known(monkeypatch, **fields)
-    with pytest.raises(InputError, match=said):
-        get(mirror)
-    assert fetch(NAME, route=str(mirror), accepted="unknown") == {}
-
-
-@pytest.mark.parametrize(("fields", "said"), [
-    ({"access": "agreement", "route": "portal, https://x.org"}, "small wants a signed agreement, first go to portal, https://x.org; then lay out"),
-    ({"access": "registration"}, "small wants a registration, first go to its owners"),
-    ({"access": "registration", "route": "s3://b/x"}, "wants a registration, see `lodbrain sites show small`; once you have it, give --route s3://b/x$"),
-    ({"route": "https://x.org/download"}, "its route is https://x.org/download, which is for people: go there, then lay out what you"),
-    ({}, "small: its route is not known: lay out what you download"),
-    ({"access": None}, "small may want more than a download, first go to its owners"),
-    ({"route": "Harvard Dataverse"}, "its route is Harvard Dataverse, which is for people"),
-])  # fmt: skip
-def test_where_one_must_go_first_is_said(monkeypatch, fields, said):
-    known(monkeypatch, **fields)
-    with pytest.raises(InputError, match=said):
-        fetch(NAME, accepted="CC0")
-    assert not any(Path().iterdir())  # nothing is accepted for what is not fetched
-
-
-def test_every_database_of_the_catalogue_can_be_fetched_or_says_what_to_do_first():
-    for entry in catalogue().values():
-        try:
-            assert fetch_terms.address_of(entry, None).startswith(("s3://", "https://"))
-        except InputError as error:
-            assert f"{entry.name}" in str(error) and ("--route" in str(error) or "it is not fetched" in str(error)), error
-
-
-def test_routes_of_the_catalogue():
-    assert fetch_terms.address_of(find_database("la5c"), None) == "s3://openneuro.org/ds000030"
-    assert fetch_terms.address_of(database(route="s3://b/x"), None) == "s3://b/x"
-    several = database(route="OpenNeuro ds003097, ds002785")
-    assert fetch_terms.address_of(several, None) == "s3://openneuro.org/ds003097 s3://openneuro.org/ds002785"
-    for name, said in (("no_such_database", "no such database"), ("../x", "letters, digits")):
-        with pytest.raises(InputError, match=said):
-            fetch(name)
-
-
-@pytest.mark.parametrize("state", ["withdrawn", "embargoed"])
-def test_a_database_that_is_withdrawn_is_refused(mirror, monkeypatch, state):
-    known(monkeypatch, state=state)
-    with pytest.raises(InputError, match=f"small is {state}, says the catalogue"):
-        get(mirror)
-
-
-def test_people_who_are_withdrawn_are_left_out(mirror, caplog):
-    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t01\t2026-01-01\tconsent\nother\t\t\t\n")
-    with caplog.at_level("INFO"):
-        get(mirror)
-    assert "small: subjects left out because withdrawn.tsv names them: 1" in caplog.text and not [path for path in there() if "sub-01" in path]
-    assert there()["participants.tsv"] == WANTED["participants.tsv"].replace("sub-01\tAsh\tÄ\n".encode(), b"")
-    before = Path("data/small/fetched.tsv").read_bytes()
-    assert get(mirror) == {} and get(mirror, verify=True) == {} and Path("data/small/fetched.tsv").read_bytes() == before
-    newer = b"name\tparticipant_id\tsite\r\nA\t1\tAsh\r\nB\tsub-02\tOak\r\n"
-    write(mirror, {"participants.tsv": newer})
-    assert get(mirror) == {} and there()["participants.tsv"] == newer.replace(b"A\t1\tAsh\r\n", b"")
-    with pytest.raises(InputError, match="--subject 01: is withdrawn from this project"):
-        get(mirror, choice=Choice(subjects=["sub-01"]))
-    fetch_terms.WITHDRAWN.write_text("database\tsubject\tdate\treason\nsmall\t\t2026-01-01\tconsent\n")
-    with pytest.raises(InputError, match=r"withdrawn from this project, says withdrawn.tsv \(2026-01-01, consent\)"):
-        get(mirror)

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_registry.catalogue import Database, Site, SiteRule, load_database, unknown_database
+from data_registry.catalogue import load_database, unknown_database
+from data_registry.catalogue_schema import Database, Site, SiteRule
 from data_registry.errors import InputError
 from data_registry.volume import save_volume
+from pipelines import hashes
 from pipelines import index as stage
 
 
@@ -113,7 +115,7 @@ def test_all_databases_that_cannot_be_used_are_named_at_once_and_the_others_are_
     (tmp_path / "data/poor/participants.tsv").write_text("participant_id\nsub-01\n")
     entries = {"poor": catalogued("poor")}
     monkeypatch.setattr(stage, "find_database", lambda name: entries.get(name) or unknown_database(name))
-    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail("bytes are read although the run stops"))
+    monkeypatch.setattr(hashes, "sha256", lambda path: pytest.fail("bytes are read although the run stops"))
     (tmp_path / "params.yaml").write_text("index: {roots: [data]}\n")
     with pytest.raises(InputError, match="poor/participants.tsv: .*; .*void: no T1w in it"):
         stage.main()
@@ -149,7 +151,7 @@ def test_many_unusable_scans_are_counted(tmp_path, monkeypatch, caplog):
     root = make_database(tmp_path / "db", subjects=("01", "02", "03", "04"), participants="")
     for subject in ("01", "02", "03"):
         (root / f"sub-{subject}/anat/sub-{subject}_T1w.nii.gz").write_bytes(b"")
-    monkeypatch.setattr(stage, "TOLD", 2)
+    monkeypatch.setattr(stage, "MOST_NAMED", 2)
     stage.index([root])
     lines = [record.getMessage() for record in caplog.records if "quarantined" in record.msg]
     assert len(lines) == 3 and lines[-1] == "quarantined: 1 more, each with its reason in tables/conflicts.tsv"
@@ -157,7 +159,7 @@ def test_many_unusable_scans_are_counted(tmp_path, monkeypatch, caplog):
 
 def test_a_stopped_run_keeps_the_hashes_it_has(tmp_path, monkeypatch):
     root = make_database(tmp_path / "db", participants="")
-    read, whole = [], stage.sha256
+    read, whole = [], hashes.sha256
 
     def stopped(path):
         if len(read) == 2:
@@ -165,11 +167,11 @@ def test_a_stopped_run_keeps_the_hashes_it_has(tmp_path, monkeypatch):
         read.append(path)
         return whole(path)
 
-    monkeypatch.setattr(stage, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
-    monkeypatch.setattr(stage, "sha256", stopped)
+    monkeypatch.setattr(hashes, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    monkeypatch.setattr(hashes, "sha256", stopped)
     with pytest.raises(KeyboardInterrupt):
         stage.index([root])
-    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail("read again") if path in read else whole(path))
+    monkeypatch.setattr(hashes, "sha256", lambda path: pytest.fail("read again") if path in read else whole(path))
     assert all(row["t1w_sha256"] for row in stage.index([root]))
 
 
@@ -311,7 +313,7 @@ def test_scans_that_are_gone_since_the_last_index_are_told(tmp_path, caplog):
 def test_hashes_are_cached_by_path_size_and_time(tmp_path, monkeypatch):
     root = make_database(tmp_path / "db", participants="")
     first = stage.index([root])
-    monkeypatch.setattr(stage, "sha256", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr(hashes, "sha256", lambda path: pytest.fail(f"{path} was read again"))
     assert stage.index([root]) == first
 
 

@@ -1,6 +1,7 @@
 """The shape of the project: imports point one way, heavy dependencies have one door, a stage has one word."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ DOORS = {
     "mlflow": {"lod_model/tracking_store.py"},
     "nibabel": {"data_registry/volume.py"},
     "h5py": {"lod_model/weights.py"},
-    "fsspec": {"data_registry/shard_store.py", "pipelines/fetch_routes.py"},
+    "fsspec": {"data_registry/shard_store.py", "pipelines/fetch_sources.py"},
 }
 HEAVY = {"torch", "pytorch_lightning", "torchio", "monai", "mlflow", "ray", "matplotlib"}
 
@@ -44,6 +45,17 @@ def test_imports_point_one_way(path):
         assert top not in ROOMS or top in MAY_IMPORT[room], f"{name(path)} imports {module}"
         if top in DOORS:
             assert name(path) in DOORS[top], f"{name(path)} imports {top}; {', '.join(DOORS[top])} is its door"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {".".join(path.relative_to(CHECKOUT).with_suffix("").parts): path for path in MODULES if path.name != "__init__.py"}
+    TopologicalSorter({module: names_imported(path) & set(modules) for module, path in modules.items()}).prepare()  # CycleError names them
+
+
+def names_imported(path: Path) -> set[str]:
+    """Modules that a file imports, and what it imports from packages, which may be modules too."""
+    froms = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+    return imports(path) | {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
 
 
 def test_data_registry_stays_light():

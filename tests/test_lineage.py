@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from data_registry.catalogue import Database, Site, SiteRule, catalogue
+from data_registry.catalogue import catalogue
+from data_registry.catalogue_schema import Database, Site, SiteRule
 from data_registry.errors import InputError
 from data_registry.ledgers import Tombstone, Withdrawn, accepted_licences, bury, withdrawn
 from data_registry.licences import ASK, in_words, judge, strictest

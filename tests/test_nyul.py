@@ -19,8 +19,9 @@ from data_registry.shards import pooled
 from data_registry.volume import load_image
 from lod_model import evaluate, weights
 from lod_model.data import SampleDataset, all_folds, preparation
+from lod_model.runs import fold_folder
 from lod_model.segment import classes_of
-from lod_model.train import fold_folder, train
+from lod_model.train import train
 
 PARAMS = """
 index: {roots: [roots]}

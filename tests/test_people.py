@@ -14,7 +14,8 @@ from scipy import ndimage
 from data_registry import catalogue as catalogues
 from data_registry import split as rules
 from data_registry.brain_pose import template_maps
-from data_registry.catalogue import Database, SamePeople, Site, SiteRule, load_database
+from data_registry.catalogue import load_database
+from data_registry.catalogue_schema import Database, SamePeople, Site, SiteRule
 from data_registry.errors import InputError
 from data_registry.intensity import Preparation, above_air
 from data_registry.likeness import NUMBERS, blocks, describe, likeness, pairs_above, sure_above

@@ -19,7 +19,8 @@ from data_registry.split import data_hash
 from lod_model import evaluate, weights
 from lod_model.data import EpochOrder, SampleDataset, Windows, all_folds
 from lod_model.module import VolumeModule
-from lod_model.train import fold_folder, train
+from lod_model.runs import fold_folder
+from lod_model.train import train
 
 PARAMS = """
 index: {roots: [roots]}
@@ -150,7 +151,7 @@ def test_reference_weights_stand_beside_the_folds(trained):
 
 def test_weights_of_another_split_are_not_scored(trained, monkeypatch):
     """After the split or a setting has changed, what an old fold saw may be held out: evaluation refuses until training has run."""
-    monkeypatch.setattr("lod_model.train.tracking_tags", lambda: {"split_hash": "another", "data_hash": ""})
+    monkeypatch.setattr("lod_model.runs.tracking_tags", lambda: {"split_hash": "another", "data_hash": ""})
     with pytest.raises(InputError, match="fold 0 of lod_brain-base-0 is not trained on this split"):
         evaluate.main()
 

@@ -24,7 +24,8 @@ from data_registry.params import Resources, load_params
 from data_registry.schema import read_table, write_table
 from lod_model import launch, weights
 from lod_model.data import all_folds
-from lod_model.train import finished, fold_folder, train, training_identity
+from lod_model.runs import finished, fold_folder, training_identity
+from lod_model.train import train
 from pipelines import index
 from pipelines.project import data_project
 
