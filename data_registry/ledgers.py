@@ -1,6 +1,7 @@
 """What a project keeps beside ``params.yaml``, in git and for ever: which licences were accepted, and what was withdrawn.
 
-``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason. No line is ever removed.
+``withdrawn.tsv`` holds tombstones, a line each: database, subject (empty: the whole database), date, reason, and the SHA-256 of a person's T1w,
+by which they are known below other names too. No line is ever removed.
 Every stage that reads scans consults it, so that withdrawn data do not come back with their files.
 """
 
@@ -26,6 +27,8 @@ class Tombstone(NamedTuple):
     """Without ``sub-``; empty: all of them."""
     date: str
     reason: str
+    t1w_sha256: str = ""
+    """Of each T1w that was known, with blanks between; empty for a whole database."""
 
 
 class Withdrawn:
@@ -34,6 +37,7 @@ class Withdrawn:
     def __init__(self, tombstones: Iterable[Tombstone] = ()) -> None:
         self.tombstones = list(tombstones)
         self._known = {(stone.database, stone.subject) for stone in self.tombstones}
+        self._by_bytes = {digest: stone for stone in self.tombstones for digest in stone.t1w_sha256.split()}
 
     def has(self, database: str, subject: str = "") -> bool:
         """Whether this person, or the whole database, was withdrawn.
@@ -52,6 +56,10 @@ class Withdrawn:
         """
         return self.has(*owner(scan_id))
 
+    def whose(self, t1w_sha256: str | None) -> Tombstone | None:
+        """The person whose T1w has these bytes, wherever it lies now."""
+        return self._by_bytes.get(t1w_sha256)
+
 
 def owner(scan_id: str) -> tuple[str, str]:
     """Database and subject of a scan, from ``<database>_sub-<label>[_…]``, the name that index gives it."""
@@ -61,7 +69,7 @@ def owner(scan_id: str) -> tuple[str, str]:
 
 def withdrawn(path: Path = WITHDRAWN) -> Withdrawn:
     """The tombstones of the project's file; none if there is no file. Raises :class:`InputError` for a file that cannot be read."""
-    rows = read_rows(path, Tombstone._fields)
+    rows = read_rows(path, Tombstone._fields[:4], optional=Tombstone._fields[4:])
     for row in rows:
         if not row["database"]:
             raise InputError(f"{path}: a line without a database ({', '.join(filter(None, row.values())) or 'empty'}); its name is wanted")
@@ -74,8 +82,9 @@ def bury(tombstones: Iterable[Tombstone], path: Path = WITHDRAWN) -> list[Tombst
     new = [stone for stone in tombstones if (stone.database, stone.subject) not in known]
     if new:
         before = path.read_text(encoding="utf-8") if path.is_file() else "\t".join(Tombstone._fields) + "\n"
-        lines = io.StringIO()
-        csv.writer(lines, delimiter="\t", lineterminator="\n").writerows([" ".join(cell.split()) for cell in stone] for stone in new)
+        columns, lines = before.lstrip("\ufeff").splitlines()[0].split("\t"), io.StringIO()
+        cells = [[" ".join(getattr(stone, column, "").split()) for column in columns] for stone in new]
+        csv.writer(lines, delimiter="\t", lineterminator="\n").writerows(cells)
         with replacing(path) as aside:
             aside.write_text(before + "\n" * (not before.endswith("\n")) + lines.getvalue(), encoding="utf-8")
     return new
@@ -86,11 +95,12 @@ def accepted_licences(path: Path = LICENCES) -> dict[str, dict[str, str]]:
     return {row["database"]: {"licence": row["licence"], "date": row["date"]} for row in read_rows(path, ("database", "licence", "date"))}
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a table with these columns, blanks stripped; no rows if there is no file. Raises :class:`InputError` for a missing column."""
+def read_rows(path: Path, columns: Sequence[str], *, optional: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a table with these columns, blanks stripped; no rows if there is no file. Raises :class:`InputError` for a missing column that is
+    not ``optional``; one that is has empty cells."""
     if not path.exists():
         return []
     header, rows = read_tsv(path)
     if missing := [column for column in columns if column not in header]:
         raise InputError(f"{path}: column {missing[0]} is missing; {', '.join(columns)}, with tabs between, are wanted")
-    return [{column: (row[column] or "").strip() for column in columns} for row in rows]
+    return [{column: (row.get(column) or "").strip() for column in (*columns, *optional)} for row in rows]

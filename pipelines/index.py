@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -75,6 +76,7 @@ def index(
     _tell_apart(rows)
     if not unusable:
         hash_files(rows, databases)
+        rows = list(_without_bytes_of_withdrawn(rows))
         _tell_of_shared(_judge_same_content(rows), checks)
     name_people(rows, {name: find_database(name) for name in databases}, read_people(people or []))
     by_database = defaultdict(list)
@@ -109,6 +111,16 @@ def _not_withdrawn(databases: dict[str, Path], labels: Path | None, checks: list
         log.info("%s: %d databases%s and %d other scans are withdrawn and left out", WITHDRAWN, len(left_out),
                  f" ({', '.join(left_out)})" * bool(left_out), scans)  # fmt: skip
     return rows, unusable
+
+
+def _without_bytes_of_withdrawn(rows: list[dict]) -> Iterator[dict]:
+    """The rows, but for scans of whoever was withdrawn that came back below another name."""
+    gone = withdrawn()
+    for row in rows:
+        if (stone := gone.whose(row["t1w_sha256"])) is None:
+            yield row
+        else:
+            log.warning("%s: left out, its T1w is one of sub-%s of %s, withdrawn %s", row["scan_id"], stone.subject, stone.database, stone.date)
 
 
 def _tell_of_others(roots: list[Path]) -> None:

@@ -67,7 +67,7 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
     scans = read_table(SCANS_TABLE, "scans").to_pylist() if SCANS_TABLE.is_file() else []
     _refuse_unknown(database, subjects, scans, params)
     today = datetime.now(UTC).strftime("%Y-%m-%d")
-    stones = [Tombstone(database, subject, today, reason) for subject in subjects or [""]]
+    stones = [Tombstone(database, subject, today, reason, _digests(scans, database, subject)) for subject in subjects or [""]]
     these, gone = Withdrawn(stones), Withdrawn([*withdrawn().tombstones, *stones])
     what = f"{database}{', ' * bool(subjects)}{', '.join(f'sub-{subject}' for subject in subjects)}"
     if not dry_run:  # before anything that may fail, such as a store that is away
@@ -87,6 +87,11 @@ def withdraw(database: str, subjects: list[str], reason: str, *, dry_run: bool =
             print(f"removed: {line}", flush=True)
     for line in left_elsewhere(found, params):
         print(line)
+
+
+def _digests(scans: list[dict], database: str, subject: str) -> str:
+    """SHA-256 of a person's T1w, as a tombstone has them."""
+    return " ".join(sorted({row["t1w_sha256"] for row in scans if (row["database"], row["subject"]) == (database, subject) and row["t1w_sha256"]}))
 
 
 def _refuse_unknown(database: str, subjects: list[str], scans: list[dict], params: Params) -> None:

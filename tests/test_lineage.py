@@ -196,9 +196,13 @@ def test_ledgers(tmp_path):
     first = (tmp_path / "withdrawn.tsv").read_bytes()
     assert bury([Tombstone("db", "01", "2026-09-09", "again")]) == [] and (tmp_path / "withdrawn.tsv").read_bytes() == first
     bury([Tombstone("db", "02", "2026-01-02", "")])
-    assert (tmp_path / "withdrawn.tsv").read_text() == "database\tsubject\tdate\treason\ndb\t01\t2026-01-01\tasked for it\ndb\t02\t2026-01-02\t\n"
+    lines = (tmp_path / "withdrawn.tsv").read_text().splitlines()
+    assert lines == ["database\tsubject\tdate\treason\tt1w_sha256", "db\t01\t2026-01-01\tasked for it\t", "db\t02\t2026-01-02\t\t"]
     assert withdrawn().has("db", "02") and not withdrawn().has("db", "2") and not withdrawn().has("db")
     assert Withdrawn([Tombstone("db", "", "", "")]).has_scan("db_sub-7") and not withdrawn().has_scan("db_sub-010_run-1")
+    (tmp_path / "withdrawn.tsv").write_text("database\tsubject\tdate\treason\ndb\t01\t2026-01-01\t\n")  # of an earlier release
+    bury([Tombstone("db", "03", "2026-01-02", "", "abc")])
+    assert withdrawn().has("db", "03") and withdrawn().whose("abc") is None
     nameless = "database\tsubject\tdate\treason\n\t01\t\t\n"
     for content, words in [("database\tdate\n", "column subject is missing"), (nameless, "a line without a database")]:
         (tmp_path / "withdrawn.tsv").write_text(content)

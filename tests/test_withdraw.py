@@ -141,6 +141,14 @@ def test_index_and_harmonise_pass_over_the_raw_files_for_ever(project, copy, cap
         index.main()
     assert "withdrawn.tsv: 0 databases and 1 other scans are withdrawn and left out" in caplog.text
     assert sha256("tables/scans.parquet") == copy["tables/scans.parquet"]
+    Path("other").mkdir()
+    (raw,) = project[0].glob(f"roots/alpha/sub-{GONE}")
+    shutil.copytree(raw, f"other/again/{raw.name}".replace(GONE, "new"))
+    for path in [*Path("other").rglob(f"*{GONE}*")]:
+        path.rename(path.with_name(path.name.replace(GONE, "new")))
+    rows = index.index([Path("roots"), Path("other")])
+    assert f"again_sub-new: left out, its T1w is one of sub-{GONE} of alpha, withdrawn 2" in caplog.text
+    assert "again" not in {row["database"] for row in rows} and len(rows) == read_table("tables/scans.parquet", "scans").num_rows
     Path("tables/scans.parquet").write_bytes(old)  # as `dvc checkout` of an old state would
     harmonise.harmonise()
     assert files("shards") == shards_of(copy)
