@@ -1,6 +1,6 @@
 """Stage *index*: BIDS databases → ``tables/scans.parquet``, a row a T1w: who, where, which scanner, which files, which bytes.
 
-Conflicts with the catalogue (:mod:`pipelines.reconcile`) are listed in ``tables/conflicts.html`` and ``.tsv``, even if the run then stops because
+Conflicts with the catalogue (:mod:`pipelines.reconcile`) are listed in ``tables/conflicts.html`` and ``.tsv``, even if the run then fails because
 no scan can be used.
 
 Always runs and is cheap: hashes are cached by path, size and time, and the table is what every later stage depends on, so DVC never
@@ -52,6 +52,8 @@ def main() -> None:
     write_table(SCANS_TABLE, "scans", rows)
     usable = sum(row["reason"] is None for row in rows)
     log.info("%s: %d scans of %d sites, %d quarantined", SCANS_TABLE, len(rows), len({(r["database"], r["site"]) for r in rows}), len(rows) - usable)
+    if not usable:
+        raise InputError(f"{', '.join(params.index.roots)}: none of the {len(rows)} scans can be used; {SCANS_TABLE} has the reasons")
 
 
 def labels_folder(settings: Index) -> Path | None:
@@ -87,8 +89,6 @@ def index(
     _tell_of_quarantine(rows)
     if unusable:
         raise InputError("; ".join(unusable))
-    if not any(row["reason"] is None for row in rows):
-        raise InputError(f"{', '.join(map(str, roots))}: none of the {len(rows)} scans can be used; the reasons stand above")
     return sorted(rows, key=lambda row: row["scan_id"])
 
 

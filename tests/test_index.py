@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from data_registry.catalogue import load_database, unknown_database
@@ -175,14 +176,22 @@ def test_a_stopped_run_keeps_the_hashes_it_has(tmp_path, monkeypatch):
     assert all(row["t1w_sha256"] for row in stage.index([root]))
 
 
-def test_two_subjects_with_one_file(tmp_path, monkeypatch):
-    root = make_database(tmp_path / "db")
+def test_two_subjects_with_one_file(tmp_path):
+    root = make_database(tmp_path / "db", participants="")
     shutil.copy(root / "sub-01/anat/sub-01_T1w.nii.gz", root / "sub-02/anat/sub-02_T1w.nii.gz")
-    with pytest.raises(InputError, match="none of the 2 scans"):
-        index_with(monkeypatch, catalogued(), root)
-    rows = [dict(scan_id=f"s{i}", database="db", person=f"p{i}", t1w_sha256="h", t1w_path=f"f{i}", reason=None) for i in range(2)]
-    stage._judge_same_content(rows)
-    assert "the same bytes as s1" in rows[0]["reason"] and "the same bytes as s0" in rows[1]["reason"]
+    reasons = [row["reason"] for row in stage.index([root])]
+    assert [reason.split(": ")[1] for reason in reasons] == [f"the same bytes as db_sub-{other}; one file for one scan is wanted" for other in ("02", "01")]
+
+
+def test_where_no_scan_can_be_used_the_table_says_why(tmp_path):
+    root = make_database(tmp_path / "data/db", participants="")
+    for path in root.rglob("*_T1w.nii.gz"):
+        path.write_bytes(b"")
+    (tmp_path / "params.yaml").write_text("index: {roots: [data]}\n")
+    with pytest.raises(InputError, match=r"^data: none of the 2 scans can be used; tables/scans.parquet has the reasons$"):
+        stage.main()
+    rows = pq.read_table(tmp_path / "tables/scans.parquet").to_pylist()
+    assert len(rows) == 2 and all("an empty file" in row["reason"] for row in rows)
 
 
 def test_one_file_in_two_databases_is_one_person(tmp_path):
