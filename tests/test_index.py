@@ -180,7 +180,8 @@ def test_two_subjects_with_one_file(tmp_path):
     root = make_database(tmp_path / "db", participants="")
     shutil.copy(root / "sub-01/anat/sub-01_T1w.nii.gz", root / "sub-02/anat/sub-02_T1w.nii.gz")
     reasons = [row["reason"] for row in stage.index([root])]
-    assert [reason.split(": ")[1] for reason in reasons] == [f"the same bytes as db_sub-{other}; one file for one scan is wanted" for other in ("02", "01")]
+    words = [reason.split(": ")[1] for reason in reasons]
+    assert words == [f"the same bytes as db_sub-{other}; one file for one scan is wanted" for other in ("02", "01")]
 
 
 def test_where_no_scan_can_be_used_the_table_says_why(tmp_path):
