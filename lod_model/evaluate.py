@@ -262,4 +262,4 @@ def _figures(rows: list[dict]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

@@ -1,4 +1,4 @@
-"""The report stage: results, split and data → one HTML file that opens offline, and the tables behind it as TSV.
+"""Stage *report*: results, split and data → one HTML file that opens offline, and the tables behind it as TSV.
 
 Reads ``tables/`` (results, scans, samples, split as Parquet, ``split.json``, ``cases/*.npz``), writes ``reports/``. How figures are
 combined, stated once:
@@ -280,4 +280,4 @@ def _html(inputs: Inputs, scores: dict, runs: list[dict], pairs: pd.DataFrame, t
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_stage(main, about=__doc__)

@@ -104,7 +104,7 @@ def test_the_stage_looks_at_what_is_new(project, monkeypatch):
     assert base64.b64decode(found[0]["picture"])[:2] == b"\xff\xd8"
 
 
-@pytest.mark.parametrize("module", ["pipelines.index", "pipelines.quality", "pipelines.split"])
+@pytest.mark.parametrize("module", ["pipelines.index", "pipelines.quality", "pipelines.split", "lod_model.evaluate", "lod_model.report"])
 def test_a_stage_without_arguments_refuses_them_and_has_a_help(module):
     wrong, told = run(CHECKOUT, module, "--folds", "3"), run(CHECKOUT, module, "--help")
     assert wrong.returncode == 2 and wrong.stderr.splitlines()[-1] == f"python -m {module}: error: unrecognized arguments: --folds 3"
