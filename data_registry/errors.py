@@ -17,7 +17,8 @@ def run_stage(main: Callable[[], None], *, about: str | None = None) -> None:
     ``about``: of a command without arguments what ``--help`` says; whatever else stands behind it is refused and not passed over.
     """
     if about is not None:
-        name = f"python -m {sys.modules['__main__'].__spec__.name}"
+        module = sys.modules["__main__"].__spec__  # None of a file that is run by its path
+        name = f"python -m {module.name}" if module else None
         argparse.ArgumentParser(prog=name, description=about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("lodbrain").setLevel(logging.INFO)
