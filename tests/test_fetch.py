@@ -16,7 +16,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-import small_route
 from loopback_http import CuttingProxy, folder_server
 from loopback_s3 import BUCKET, s3_server
 from small_route import NAME, NETWORK, T1W, UNWANTED, WANTED, database, get, known, ledger, manifest, scan, there, write
@@ -33,16 +32,7 @@ from pipelines.fetch_sources import open_route
 from pipelines.index import index
 
 CHECKOUT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    return small_route.project(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def mirror(tmp_path) -> Path:
-    return write(tmp_path / "mirror", WANTED | UNWANTED)
+pytestmark = pytest.mark.usefixtures("route_project")
 
 
 # From a bucket
@@ -314,7 +304,7 @@ def test_a_run_that_fails_leaves_no_worker_behind(mirror, monkeypatch):
     assert get(mirror) == {} and there() == WANTED
 
 
-def test_ctrl_c_leaves_nothing_half_written(mirror, project):
+def test_ctrl_c_leaves_nothing_half_written(mirror, route_project):
     manifest(mirror)
     with folder_server(mirror) as web:
         web.wait_s = 0.2

@@ -5,8 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small_route
-from small_route import NAME, T1W, UNWANTED, WANTED, get, known, ledger, scan, there, write
+from small_route import NAME, T1W, get, known, ledger, scan, there, write
 
 from data_registry.catalogue_schema import LabelSource, Site, SiteRule
 from data_registry.errors import InputError
@@ -14,17 +13,7 @@ from pipelines import fetch_terms
 from pipelines.fetch import Choice
 from pipelines.index import index
 
-CHECKOUT = Path(__file__).parents[1]
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    return small_route.project(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def mirror(tmp_path) -> Path:
-    return write(tmp_path / "mirror", WANTED | UNWANTED)
+pytestmark = pytest.mark.usefixtures("route_project")
 
 
 def test_folders_of_sites_become_one_database(tmp_path):

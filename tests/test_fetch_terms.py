@@ -3,23 +3,14 @@
 from pathlib import Path
 
 import pytest
-import small_route
-from small_route import NAME, UNWANTED, WANTED, database, get, known, there, write
+from small_route import NAME, WANTED, database, get, known, there, write
 
 from data_registry.catalogue import catalogue, find_database
 from data_registry.errors import InputError
 from pipelines import fetch_terms
 from pipelines.fetch import Choice, fetch
 
-
-@pytest.fixture(autouse=True)
-def project(tmp_path, monkeypatch):
-    return small_route.project(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def mirror(tmp_path) -> Path:
-    return write(tmp_path / "mirror", WANTED | UNWANTED)
+pytestmark = pytest.mark.usefixtures("route_project")
 
 
 def test_a_licence_is_accepted_by_its_name_once(mirror, monkeypatch):
